@@ -1,0 +1,288 @@
+"""One YAML file -> one frozen, validated `Experiment`. Each setting is named once, here, with type, default and meaning.
+
+A method's own settings are the keyword arguments of its class; they are checked when the run is resolved (`resolve.py`).
+Nothing heavy is imported: a finished run must be able to say so at once.
+"""
+
+import difflib
+from collections.abc import Iterable
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from modicum.errors import InputError
+
+AUTO: Any = "auto"
+Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Model = TypeVar("Model", bound=BaseModel)
+Positive = Annotated[float, Field(gt=0)]
+
+
+def _named(value: Any, default: str) -> Any:
+    """NAME or a mapping -> a mapping with `name`, which is the default's where only other keys are given."""
+    return {"name": value} if isinstance(value, str) else {"name": default} | value if isinstance(value, dict) else value
+
+
+PretrainMethod = Annotated[dict[str, Any], BeforeValidator(partial(_named, default="moco_v2"), json_schema_input_type=str | dict[str, Any])]
+FinetuneMethod = Annotated[
+    dict[str, Any], BeforeValidator(partial(_named, default="fixmatch"), json_schema_input_type=str | dict[str, Any])
+]
+
+
+def _views(value: Any) -> Any:
+    """`weak/strong`, one policy with edits, or a list of either -> a list of `{name: POLICY, KEY: v}`, one a view."""
+    if value == "auto":
+        return value
+    parts = value.split("/") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    return [{"name": part} if isinstance(part, str) else part for part in parts]
+
+
+Views = Annotated[
+    Auto | list[dict[str, Any]],
+    BeforeValidator(_views, json_schema_input_type=str | dict[str, Any] | list[str | dict[str, Any]]),
+]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class DataSettings(Settings):
+    name: str = Field("folder", description="digits, fashion_mnist, cifar10, cifar100, stl10, svhn, eurosat or folder")
+    root: Path | None = Field(None, description="where the images lie, or where a built-in set is kept or downloaded to")
+    labels: Path | None = Field(None, description="for folder: a CSV of path, label and optionally split")
+    path_column: str = Field("path", description="header of the CSV's column of paths, relative to root")
+    label_column: str = Field("label", description="header of the CSV's column of labels")
+    split_column: str = Field("split", description="header of the CSV's optional column of train or test")
+    image_size: Auto | Annotated[int, Field(ge=8, le=1024)] = Field("auto", description="side in pixels that images are resized to")
+    channels: Auto | Literal[1, 3] = Field("auto", description="1 for grey images, 3 for colour")
+    split_seed: int = Field(0, description="fixes which images are test, where the set has no split of its own")
+    test_fraction: Auto | Annotated[float, Field(ge=0, lt=1)] = Field(
+        "auto", description="share of the labelled images held out as test, where the set has no split of its own"
+    )
+    mirror: Auto | bool = Field("auto", description="whether views may flip images left to right (digits and text: no)")
+    mean: Auto | list[float] = Field("auto", description="normalisation, one number a channel, of pixels in 0..1")
+    std: Auto | list[Positive] = Field("auto", description="normalisation, one number a channel")
+
+
+class BackboneSettings(Settings):
+    name: str = Field("resnet10_small", description="resnet10_small, or any architecture timm knows")
+    stem: Literal["auto", "small", "standard"] = Field("auto", description="small keeps the resolution of 8 to 64 px images")
+
+
+class OptimizerSettings(Settings):
+    name: Literal["auto", "sgd", "adamw", "lars"] = Field("auto", description="auto: the method's own")
+    lr: Auto | Positive = Field("auto", description="peak learning rate of this very batch size, not of 256")
+    weight_decay: Auto | Annotated[float, Field(ge=0)] = Field("auto", description="not applied to biases and norm layers")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD and LARS")
+    nesterov: bool | Auto = Field("auto", description="of SGD")
+
+
+class TeacherSettings(Settings):
+    """The moving-average teacher of a method; `teacher: none` where a method can do without."""
+
+    norm: Literal["bn", "shuffle_bn", "eman"] = Field(
+        "eman", description="bn: own batch statistics; shuffle_bn: of a permuted batch, in groups; eman: averaged statistics"
+    )
+    momentum: Auto | Annotated[float, Field(ge=0, lt=1)] = Field("auto", description="share of the teacher kept at each step")
+    groups: Auto | Count = Field("auto", description="shuffle_bn: norm groups that one device splits a batch into")
+
+
+class PretrainSettings(Settings):
+    method: PretrainMethod = Field({"name": "moco_v2"}, description="NAME, or {name: NAME, KEY: value} with the method's settings")
+    epochs: Positive = Field(100, description="times every training image is seen")
+    batch_size: Annotated[int, Field(ge=2)] = Field(256, description="images a step, over all ranks")
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: Literal["auto", "cosine", "step", "constant"] = Field("auto", description="learning rate over the run")
+    warmup_epochs: Auto | Annotated[float, Field(ge=0)] = Field("auto", description="epochs in which the learning rate rises")
+    views: Views = Field("auto", description="policies of the views: auto, NAME, NAME/NAME, {name: NAME, KEY: value} or a list")
+    init: str | None = Field(None, description="a backbone to start from; none: random weights")
+    monitor_epochs: Auto | Positive = Field("auto", description="epochs between two readings of the online kNN monitor")
+    log_every: Count = Field(20, description="steps between two rows of metrics.csv")
+
+
+class FinetuneSettings(Settings):
+    method: FinetuneMethod = Field({"name": "fixmatch"}, description="NAME, or {name: NAME, KEY: value} with the method's settings")
+    labels: Count | Literal["all"] | Annotated[str, Field(pattern=r"^\d+(\.\d+)?%$")] = Field(
+        "all", description='labels used: a total count, a share such as "10%", or all'
+    )
+    label_seed: int = Field(0, description="draws which images carry the labels")
+    balance: Literal["class", "proportional"] = Field("class", description="labels per class: equal, or as the classes occur")
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="share of the labels held out to watch training, from 20 labels a class up; below that none"
+    )
+    steps: Count = Field(1000, description="optimizer steps")
+    batch_size: Count = Field(64, description="labelled images a step, over all ranks")
+    mu: Count = Field(7, description="unlabelled images a step for each labelled one")
+    labelled_in_unlabelled: bool = Field(True, description="labelled images are also part of the unlabelled set")
+    optimizer: OptimizerSettings = OptimizerSettings()
+    backbone_lr_scale: Annotated[float, Field(ge=0)] = Field(1.0, description="the backbone's learning rate over the head's")
+    schedule: Literal["auto", "cosine", "cosine_7_16", "step", "constant"] = Field("auto", description="learning rate over the run")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps in which the learning rate rises")
+    views: Views = Field("auto", description="policies of the unlabelled views, weak first; the labelled view takes the first")
+    init: str = Field("pretrain", description="pretrain (this run's stage one), random, or a backbone folder or file")
+    ema_momentum: Auto | Annotated[float, Field(ge=0, lt=1)] = Field(
+        "auto", description="of the averaged weights that are evaluated, for methods without a teacher"
+    )
+    export: Literal["teacher", "student"] = Field("teacher", description="weights of the classifier: averaged ones, or the last")
+    baselines: list[Literal["random", "pretrained", "all_labels"]] = Field(
+        ["random", "pretrained", "all_labels"], description="supervised runs of the same length to compare with"
+    )
+    log_every: Count = Field(20, description="steps between two rows of metrics.csv")
+
+
+class KnnSettings(Settings):
+    k: list[Count] = Field([1, 5, 10, 20, 50, 100, 200], description="neighbours that vote; those above the bank are left out")
+    temperature: Positive = Field(0.07, description="votes weigh exp(cosine / temperature)")
+
+
+class LinearSettings(Settings):
+    strengths: list[Positive] = Field(
+        [1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0], description="inverse regularisation C, chosen by validation on the labels"
+    )
+    max_iterations: Count = Field(200, description="of L-BFGS")
+
+
+class EvaluateSettings(Settings):
+    knn: KnnSettings = KnnSettings()
+    linear: LinearSettings = LinearSettings()
+    bootstrap: Count = Field(1000, description="resamples of the test images behind each 95 % interval")
+    batch_size: Count = Field(512, description="images a step while features are extracted")
+    gallery_queries: Annotated[int, Field(ge=0)] = Field(8, description="test images shown with their neighbours in the report")
+    gallery_neighbours: Count = Field(10, description="neighbours shown a query")
+
+
+class Experiment(Settings):
+    seed: int = Field(0, description="initialisation, order of the images, views")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of the networks; auto: bf16 where the hardware has it")
+    data: DataSettings = DataSettings()
+    backbone: BackboneSettings = BackboneSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
+
+
+# Settings that move no result: a run folder accepts them changed.
+HARMLESS = {"pretrain.log_every", "finetune.log_every", "evaluate.gallery_queries", "evaluate.gallery_neighbours", "evaluate.batch_size"}
+
+
+def shipped_configs() -> list[str]:
+    return sorted(entry.name.removesuffix(".yaml") for entry in files("modicum.configs").iterdir() if entry.name.endswith(".yaml"))
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which refuses a key given twice instead of keeping the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.value[number][0].start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_config(config: str) -> dict[str, Any]:
+    """The mapping in a YAML file, or in the shipped config of that name. Raises InputError naming the file.
+
+    A run folder's experiment.yaml is a config too; its block `provenance`, which says what made the run, is left out.
+    """
+    path = Path(config)
+    if path.suffix in {".yaml", ".yml"} or path.is_file():
+        if not path.is_file():
+            raise InputError(f"There is no config file {path}.")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise InputError(f"{path} is not a text file in UTF-8, so it is no config.") from None
+    elif config in shipped_configs():
+        text = (files("modicum.configs") / f"{config}.yaml").read_text(encoding="utf-8")
+    else:
+        raise InputError(f"Unknown config {config!r}{did_you_mean(config, shipped_configs())} The path of a YAML file does as well.")
+    try:
+        content = yaml.load(text, _Loader) or {}  # _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        raise InputError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{config} holds no mapping of settings.")
+    content.pop("provenance", None)
+    return content
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Sets `section.key=value` in place; the value is read as YAML. A method given by name alone becomes a mapping first."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise InputError(f"{override!r} is not of the form key=value, for example finetune.labels=100.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f"The value of {override!r} is not valid YAML; quote it if it is a text.") from None
+    *parents, last = key.split(".")
+    for depth, parent in enumerate(parents):
+        below = content[parent] = content.get(parent) or {}
+        if isinstance(below, str):  # `method: moco_v2` is edited as {name: moco_v2}
+            below = content[parent] = {"name": below}
+        if not isinstance(below, dict):
+            raise InputError(f"{'.'.join(parents[: depth + 1])} holds {below!r}, so {key} cannot be set.")
+        content = below
+    content[last] = value
+
+
+def load_experiment(config: str, overrides: Iterable[str] = ()) -> Experiment:
+    """The experiment of a YAML file or shipped config, with `key=value` overrides on top. Raises InputError."""
+    content = read_config(config)
+    for override in overrides:
+        apply_override(content, override)
+    return validate(Experiment, content, source=config)
+
+
+def validate(model: type[Model], content: dict[str, Any], source: str, prefix: str = "") -> Model:
+    """`content` as a `model`; its first mistake becomes one sentence that names the key and, for a mistyped key, the nearest."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise InputError(_sentence(model, error, source, prefix)) from None
+
+
+def _sentence(model: type[BaseModel], error: ValidationError, source: str, prefix: str) -> str:
+    mistakes = error.errors()
+    mistake = next((m for m in mistakes if m["type"] == "extra_forbidden"), mistakes[0])
+    known: type[BaseModel] | None = model
+    path: list[str] = []
+    for part in mistake["loc"]:
+        fields = known.model_fields if known else {}
+        if path and not fields and not isinstance(part, int):
+            break  # the rest names branches of a union
+        path.append(str(part))
+        if part in fields:
+            annotation = fields[str(part)].annotation
+            known = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    key = prefix + ".".join(path)
+    if mistake["type"] == "extra_forbidden":
+        return f"{source}: unknown key {key!r}{did_you_mean(path[-1], known.model_fields if known else ())}"
+    reasons = {m["msg"].removeprefix("Value error, ") for m in mistakes if m["loc"][: len(path)] == mistake["loc"][: len(path)]}
+    wanted = " or ".join(sorted(reason[0].lower() + reason[1:] for reason in reasons)).replace(" or input should ", " or ")
+    return f"{source}: {key} = {mistake['input']!r} is not possible: {wanted}."
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean 'x'?).` with the nearest known word, or a list of all where nothing is near."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1)
+    if near:
+        return f": did you mean {near[0]!r}?"
+    return f": known are {', '.join(known)}." if known else "."
+
+
+def flatten(content: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; lists are values."""
+    if not isinstance(content, dict) or not content:
+        return {prefix.removesuffix("."): content}
+    return {key: value for name, below in content.items() for key, value in flatten(below, f"{prefix}{name}.").items()}
