@@ -1,0 +1,51 @@
+"""What a source yields: uint8 images, integer labels and a stable id per image."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class Images:
+    """A whole data set in memory (or memory-mapped): training images first or not, the manifest says which is which.
+
+    `manifest` has one row an image, in the order of `pixels`: `id` (stable text, unique), `path` (relative to the root with
+    `/`, or a made-up one such as `train/00012` for built-in sets), `label` (int64, 0..C-1, or -1 for unknown) and `split`
+    (`train` or `test`).
+    """
+
+    name: str
+    pixels: torch.Tensor  # uint8 (N, C, S, S)
+    manifest: pd.DataFrame
+    class_names: tuple[str, ...]
+    mirror: bool  # whether a mirrored image is still an image of its class
+
+    def __post_init__(self) -> None:
+        assert self.pixels.dtype == torch.uint8
+        assert self.pixels.ndim == 4
+        assert len(self.pixels) == len(self.manifest)
+
+    @property
+    def channels(self) -> int:
+        return self.pixels.shape[1]
+
+    @property
+    def image_size(self) -> int:
+        return self.pixels.shape[-1]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (N,), -1 where unknown."""
+        return self.manifest["label"].to_numpy()
+
+    def rows(self, split: str) -> np.ndarray:
+        """int64 row numbers of `train` or `test` images, in order."""
+        return np.flatnonzero(self.manifest["split"].to_numpy() == split)

@@ -1,0 +1,105 @@
+"""The walk over a folder of images. Light: shared by the loader and the fingerprint."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+from modicum.config import DataSettings
+from modicum.errors import InputError
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SHOWN = 20  # bad files or rows listed in one message; the rest are counted
+
+
+class File(NamedTuple):
+    path: str  # relative to the root, with `/`
+    size: int  # bytes
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The images below `root`, and the folders (empty ones too), each in the order of their paths."""
+
+    root: Path
+    files: list[File]
+    folders: list[str]
+    links: list[str]  # left out, because they are links to folders or lead out of the root
+
+
+def refuse(headline: str, mistakes: Iterable[str]) -> NoReturn:
+    """One InputError for all mistakes of a kind: the first twenty are listed, the rest counted."""
+    listed = list(mistakes)
+    more = [f"and {len(listed) - SHOWN:,} more"] if len(listed) > SHOWN else []
+    raise InputError("\n  ".join([f"{headline}:", *listed[:SHOWN], *more]))
+
+
+def walk(root: Path | None) -> Tree:
+    """All images below `root`. Hidden files and folders are skipped, no link is followed out of the root.
+
+    Raises InputError where the folder is missing, cannot be read or holds no image.
+    """
+    if root is None:
+        raise InputError("data.root is not set: set it to the folder that holds the images.")
+    root = root.expanduser()
+    if not root.is_dir():
+        raise InputError(
+            f"data.root={root} is {'a file, not a folder' if root.exists() else 'not there'}: set it to the folder of the images."
+        )
+    tree = Tree(root, [], [], [])
+    try:
+        _collect(tree, str(root), "", os.path.realpath(root))
+    except OSError as error:
+        raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from None
+    if not tree.files:
+        links = f" ({len(tree.links):,} links to folders or out of it were not followed)" if tree.links else ""
+        raise InputError(f"data.root={root} holds no image{links}; images end in {', '.join(SUFFIXES)}.")
+    unspeakable = [repr(file.path) for file in tree.files if not _is_text(file.path)]
+    if unspeakable:
+        refuse(f"The names of {len(unspeakable):,} images below {root} are not valid UTF-8; rename them", unspeakable)
+    for part in (tree.files, tree.folders, tree.links):
+        part.sort()
+    return tree
+
+
+def _collect(tree: Tree, folder: str, prefix: str, real_root: str) -> None:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            path = prefix + entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                tree.folders.append(path)
+                _collect(tree, entry.path, f"{path}/", real_root)
+            elif entry.is_dir():
+                tree.links.append(path)
+            elif entry.name.lower().endswith(SUFFIXES):
+                if entry.is_symlink() and not inside(os.path.realpath(entry.path), real_root):
+                    tree.links.append(path)
+                else:
+                    status = entry.stat()
+                    tree.files.append(File(path, status.st_size, status.st_mtime_ns))
+
+
+def inside(path: str, root: str) -> bool:
+    """Whether one real path lies below another."""
+    return path.startswith(root.rstrip(os.sep) + os.sep)
+
+
+def _is_text(path: str) -> bool:
+    """Names that are not UTF-8 come from the system with surrogates, which no CSV or report can hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in path)
+
+
+def label_file(settings: DataSettings) -> Path | None:
+    """The CSV of labels, relative to the current folder, or None where sub-folders are the classes."""
+    if settings.labels is None:
+        return None
+    path = settings.labels.expanduser()
+    if not path.is_file():
+        beside = settings.root.expanduser() / path if settings.root else path
+        hint = f": did you mean {beside}?" if beside.is_file() else "."
+        raise InputError(f"data.labels={path} is not there{hint}")
+    return path
