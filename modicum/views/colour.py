@@ -1,0 +1,122 @@
+"""What a pixel is worth: colour operations on float images in 0..1, laid out (B, C, P) with P = height x width.
+
+Every image has its own parameters. Brightness, contrast and saturation are one affine map of the channels followed by a clamp, so a
+whole batch in which each image does another of the three is one batched 3 x 3 product. Each operation equals torchvision's of
+the same name on float images (tests/test_views.py).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision rounds it
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+def greyscale(x: Tensor) -> Tensor:
+    """(B, 3, P) -> (B, 3, P), all channels equal."""
+    red, green, blue = x.unbind(1)
+    luma = red.mul(GREY[0]).add_(green, alpha=GREY[1]).add_(blue, alpha=GREY[2])
+    return luma[:, None].expand_as(x)
+
+
+def blend_maps(kind: Tensor, factor: Tensor, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What `blend` needs for kinds and factors of any shape (...): how channels mix (..., C, C), the share of the mean (..., C)."""
+    luma = torch.tensor(GREY if channels == 3 else (1.0,))
+    rest = 1 - factor
+    matrix = factor[..., None, None] * torch.eye(channels) + (rest * (kind == SATURATION))[..., None, None] * luma
+    return matrix.to(device), ((rest * (kind == CONTRAST))[..., None] * luma).to(device)
+
+
+def blend(x: Tensor, matrix: Tensor, towards_mean: Tensor) -> Tensor:
+    """clamp(f x + (1 - f) m), where m is black (brightness), the image's mean grey (contrast) or the pixel's grey (saturation).
+
+    `matrix` (B, C, C) and `towards_mean` (B, C) come from `blend_maps`.
+    """
+    offset = (towards_mean * x.mean(2)).sum(1)[:, None, None]
+    return torch.baddbmm(offset, matrix, x).clamp_(0, 1)
+
+
+def hue_(x: Tensor, turn: Tensor) -> None:
+    """Turns the hue of `x` (B, 3, P) in place by `turn` (B,) in -0.5..0.5 of the circle, exact in HSV.
+
+    Without the six-fold case distinction, because comparisons cost ten times an addition. With the smallest channel moved to 0 and the
+    largest to 1, a colour lies 1 + g + b - r sixths of the circle away from red, on the side of green or of blue;
+    and a channel is worth clamp(2 - d, 0, 1) at distance d from its own hue. Distances on the circle are |3 - ||h - centre| - 3||.
+    """
+    red, green, blue = x.unbind(1)
+    low = torch.minimum(red, green)
+    chroma = torch.maximum(red, green)
+    torch.minimum(low, blue, out=low)
+    torch.maximum(chroma, blue, out=chroma).sub_(low)
+    distance = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-20)).add_(1)
+    hue = torch.copysign(distance, green - blue)  # -3..3
+    # Green's hue is 2 or -4, blue's 4 or -2: of the two that one which keeps |h - centre| below 7, where one fold suffices.
+    centre = torch.where(turn[:, None] < 0, turn.new_tensor((0.0, -4.0, -2.0)), turn.new_tensor((0.0, 2.0, 4.0)))
+    offset = (6 * turn[:, None] - centre)[..., None]
+    torch.add(hue[:, None], offset, out=x).abs_().sub_(3).abs_().clamp_(1, 2)
+    x.mul_(chroma[:, None]).add_(low.sub_(chroma)[:, None])
+
+
+def color_jitter(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
+    """Every image does its own sequence of operations, as torchvision's ColorJitter of one image.
+
+    order (B, n): brightness, contrast, saturation and hue, or the same some of them for all, permuted; factors (B, 4); both on the CPU.
+    The images must be sorted by `hue_place`: those that turn their hue at the same moment lie together, so no pixel is moved for it.
+    """
+    kinds = order[order != HUE].view(len(x), -1)
+    mixes = blend_maps(kinds.t(), factors.gather(1, kinds).t(), x.shape[1], x.device)
+    turns = kinds.shape[1] < order.shape[1]
+    ends = torch.bincount(hue_place(order), minlength=order.shape[1]).cumsum(0).tolist()
+    angle = factors[:, HUE].to(x.device)
+    start = 0
+    for place in range(order.shape[1]):
+        if turns and ends[place] > start:
+            hue_(x[start : ends[place]], angle[start : ends[place]])
+            start = ends[place]
+        if place < kinds.shape[1]:
+            x = blend(x, mixes[0][place], mixes[1][place])
+    return x
+
+
+def hue_place(order: Tensor) -> Tensor:
+    """How many operations come before the hue (B,); 0 where there is none."""
+    return ((order == HUE) * torch.arange(order.shape[1])).sum(1)
+
+
+def solarize(x: Tensor, threshold: Tensor | float) -> Tensor:
+    """Inverts what is at or above `threshold` (number or (B, 1, 1))."""
+    return torch.where(x >= threshold, 1 - x, x)
+
+
+def posterize(x: Tensor, levels: Tensor) -> Tensor:
+    """Keeps 2, 4, ... 256 `levels` (B, 1, 1) of brightness."""
+    return (x * levels).floor_().minimum(levels - 1).div_(levels)
+
+
+def autocontrast(x: Tensor) -> Tensor:
+    """Stretches each channel to 0..1; a constant channel stays."""
+    low, high = x.amin(2, keepdim=True), x.amax(2, keepdim=True)
+    flat = high == low
+    low, width = low.masked_fill(flat, 0), (high - low).masked_fill(flat, 1)
+    return (x - low).div_(width).clamp_(0, 1)
+
+
+def equalize(x: Tensor) -> Tensor:
+    """Flattens each channel's histogram of 256 levels, as PIL does; images under 256 pixels have too few to count and stay."""
+    level = (x * (256 - 1e-3)).long()
+    count = torch.zeros((*x.shape[:2], 256), device=x.device).scatter_add_(2, level, torch.ones_like(x))
+    below = count.cumsum(2) - count
+    brightest = level.amax(2, keepdim=True)
+    step = ((x.shape[2] - count.gather(2, brightest)) / 255).floor_()
+    table = ((below + (step / 2).floor_()) / step.clamp_min(1)).floor_().clamp_(0, 255)
+    return torch.where(step > 0, table.gather(2, level), level.to(x.dtype)).div_(255)
+
+
+def sharpness(x: Tensor, factor: Tensor) -> Tensor:
+    """(B, C, S, S) blended with its 3 x 3 smoothing by `factor` (B, 1, 1, 1): 0 smooth, 1 as it is. The outermost pixels stay."""
+    inner = x[..., 1:-1, 1:-1]
+    smooth = F.avg_pool2d(x, 3, stride=1) * (9 / 13) + inner * (4 / 13)
+    x = x.clone()
+    x[..., 1:-1, 1:-1] += (smooth - inner) * (1 - factor)
+    return x.clamp_(0, 1)
