@@ -1,0 +1,1 @@
+"""Stage two: a backbone, few labels and many unlabelled images -> a classifier."""

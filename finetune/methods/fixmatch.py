@@ -1,0 +1,55 @@
+"""FixMatch (Sohn 2020, arXiv:2001.07685); with `teacher: {norm: eman}` it is FixMatch-EMAN (Cai 2021, arXiv:2101.08482)."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+import torch.nn.functional as F
+from annotated_types import Ge, Gt, Le
+
+from modicum.data.stream import Batch
+from modicum.errors import InputError
+from modicum.finetune.losses import pseudo_label
+from modicum.finetune.semi_supervised import Guesses, SemiSupervised, TeacherOrNone
+from modicum.method import Decisions, Facts, Loss
+from modicum.networks import Backbone
+
+
+class FixMatch(SemiSupervised):
+    """A confident prediction on a weak view is the label of the strong view of the same image."""
+
+    views: ClassVar = {"labelled": ("weak",), "unlabelled": ("weak", "strong")}
+    target_views: ClassVar = {"unlabelled": (0,)}
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        facts: Facts,
+        seed: int = 0,
+        *,
+        threshold: Annotated[float, Gt(0), Le(1), "confidence from which a prediction counts as a label"] = 0.95,
+        lambda_u: Annotated[float, Ge(0), "weight of the unlabelled loss"] = 1.0,
+        weak_in_batch: Annotated[bool, "weak views go through the student's one pass, as in the original code"] = False,
+        teacher: Annotated[TeacherOrNone, "who predicts on weak views; none: the student itself"] = "none",
+    ) -> None:
+        super().__init__(backbone, facts, teacher)
+        self.threshold, self.lambda_u, self.weak_in_batch = threshold, lambda_u, weak_in_batch
+
+    def forward(self, batch: Batch) -> Loss:
+        labelled, unlabelled = batch["labelled"], batch["unlabelled"]
+        if self.weak_in_batch:
+            logits, strong, weak = self.together(labelled.view(0), unlabelled.view(1), unlabelled.view(0))
+            targets = weak.detach().softmax(dim=1)
+        else:
+            logits, strong = self.together(labelled.view(0), unlabelled.view(1))
+            targets = self.targets(unlabelled, view=0)  # (mu B, C)
+        confidence, guess = targets.max(dim=1)
+        used = (confidence >= self.threshold).float()
+        self.guesses = Guesses(unlabelled.rows, targets, used)
+        parts = {"labelled": F.cross_entropy(logits, labelled.labels), "unlabelled": pseudo_label(strong, guess, used)}
+        return Loss(parts["labelled"] + self.lambda_u * parts["unlabelled"], parts)
+
+    @classmethod
+    def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
+        if settings["weak_in_batch"] and settings["teacher"] != "none":
+            raise InputError("finetune.method.weak_in_batch = true is for teacher: none; a teacher predicts in a pass of its own.")
+        return super().decide(settings, facts)

@@ -1,0 +1,142 @@
+"""Stage two from a session: fine-tune the classifier, and the supervised baselines that it is compared with."""
+
+import numpy as np
+import pandas as pd
+import torch
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from modicum.checkpoint import Preprocessing, save_backbone, save_classifier
+from modicum.cli import stage_main
+from modicum.config import FinetuneSettings
+from modicum.data.images import UNKNOWN
+from modicum.data.stream import Stream
+from modicum.exchange import initial_backbone
+from modicum.finetune.audit import Audit
+from modicum.finetune.semi_supervised import SemiSupervised
+from modicum.loop import Monitor, Training
+from modicum.method import find_method, settings_model
+from modicum.networks import Classifier
+from modicum.optim import build_optimizer, parameter_groups, schedule_with_warmup
+from modicum.record import say
+from modicum.resolve import stage_facts, view_arguments
+from modicum.session import Session
+from modicum.views.policies import build_policy
+
+VALIDATION_READINGS = 20  # over a run
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One fine-tuning run of the stage: the method asked for, or one of its baselines."""
+
+    title: str
+    folder: Path
+    method: dict[str, Any]
+    labelled: np.ndarray  # rows
+    init: str | None  # None: random weights
+
+
+def run(session: Session) -> None:
+    """Runs the method asked for, then each baseline; what is finished is skipped, what is begun goes on."""
+    for variant in variants(session):
+        if not (variant.folder / "classifier" / "model.safetensors").is_file():
+            train(session, variant)
+
+
+def variants(session: Session) -> list[Variant]:
+    """The method asked for, first, and the baselines that differ from it."""
+    settings, folder = session.experiment.finetune, session.folder.stage("finetune")
+    start = {"pretrain": str(session.folder.stage("pretrain") / "backbone"), "random": None}.get(settings.init, settings.init)
+    split = session.splits["split"]
+    labelled = np.flatnonzero(split == "labelled")
+    everything = np.flatnonzero((split != "test") & (session.splits["label"] != UNKNOWN))
+    supervised = {"name": "supervised", **settings_model(find_method("finetune", "supervised"))().model_dump()}
+    chosen = [Variant(f"finetune {settings.method['name']}", folder, settings.method, labelled, start)]
+    for name, rows, init in (("random", labelled, None), ("pretrained", labelled, start), ("all_labels", everything, start)):
+        same = any(supervised == v.method and init == v.init and len(rows) == len(v.labelled) for v in chosen)
+        if name in settings.baselines and not same:
+            chosen.append(Variant(f"baseline {name}", folder / "baselines" / name, supervised, rows, init))
+    return chosen
+
+
+def train(session: Session, variant: Variant) -> None:
+    """One fine-tuning run; leaves `classifier/` and `backbone/` in the variant's folder."""
+    experiment, images, hardware = session.experiment, session.images, session.hardware
+    settings, seed = experiment.finetune, experiment.seed
+    facts = stage_facts("finetune", settings.model_dump(), images)
+    backbone = initial_backbone(variant.init, experiment)
+    method = find_method("finetune", variant.method["name"]).from_settings(backbone, facts, seed, variant.method)
+    assert isinstance(method, SemiSupervised)
+
+    rows = {"labelled": variant.labelled, "unlabelled": unlabelled_rows(settings, session.splits)}
+    sizes = {"labelled": settings.batch_size, "unlabelled": settings.batch_size * settings.mu}
+    policies = [build_policy(policy, **view_arguments(experiment.data)) for policy in settings.views]
+    streams = {
+        name: Stream.of(images, rows[name], policies[: len(views)], sizes[name], hardware.device, seed, variant.title, name, labelled=name == "labelled")
+        for name, views in method.views.items()
+    }
+    audit = Audit(images, hardware.device)
+    groups = parameter_groups([(backbone, settings.backbone_lr_scale), (method.student.head, 1.0)], settings.optimizer.weight_decay)
+    variant.folder.mkdir(parents=True, exist_ok=True)
+    say(f"{variant.title}: {len(variant.labelled)} labelled images, {settings.steps} steps")
+    Training(
+        title=variant.title,
+        method=method,
+        batch=lambda step: {name: stream.sample(step) for name, stream in streams.items()},
+        optimizer=build_optimizer(settings.optimizer, groups),
+        schedule=schedule_with_warmup(settings.schedule, settings.warmup_steps / settings.steps),
+        steps=settings.steps,
+        batch_size=sum(sizes[name] for name in streams),
+        folder=variant.folder,
+        hardware=hardware,
+        seed=seed,
+        log_every=settings.log_every,
+        observe=partial(audit.observe, method),
+        monitors=validation_monitors(session, method),
+    ).run()
+    classifier = exported(method, settings)
+    preprocessing = Preprocessing.of(experiment.data)
+    save_backbone(variant.folder / "backbone", classifier.backbone, preprocessing)
+    save_classifier(variant.folder / "classifier", classifier, preprocessing, images.class_names)
+
+
+def unlabelled_rows(settings: FinetuneSettings, splits: pd.DataFrame) -> np.ndarray:
+    """Rows of the unlabelled set: never test or validation images."""
+    return np.flatnonzero(splits["split"].isin(["unlabelled", *(["labelled"] if settings.labelled_in_unlabelled else [])]))
+
+
+def exported(method: SemiSupervised, settings: FinetuneSettings) -> Classifier:
+    """The averaged classifier, or the student's last weights, as the settings say; no image has a say in it."""
+    network = method.average.network if settings.export == "teacher" else method.student
+    assert isinstance(network, Classifier)
+    return network
+
+
+def validation_monitors(session: Session, method: SemiSupervised) -> list[Monitor]:
+    """Accuracy on the validation part of the labels, where there is one. It is watched; nothing is chosen by it."""
+    experiment, images, hardware = session.experiment, session.images, session.hardware
+    rows = torch.from_numpy(np.flatnonzero(session.splits["split"] == "validation"))
+    if not len(rows):
+        return []
+    policy = build_policy({"name": "none"}, **view_arguments(experiment.data))
+    truth = torch.tensor(images.labels)[rows]
+
+    @torch.no_grad()
+    def read() -> dict[str, float]:
+        network = exported(method, experiment.finetune)
+        mode = network.training
+        network.eval()
+        with hardware.autocast():
+            guesses = torch.cat([network(policy(images.pixels[part].to(hardware.device), {})).argmax(dim=1).cpu() for part in rows.split(512)])
+        network.train(mode)
+        return {"validation_accuracy": (guesses == truth).float().mean().item()}
+
+    return [Monitor(max(1, experiment.finetune.steps // VALIDATION_READINGS), read)]
+
+
+def main() -> None:
+    stage_main("finetune")

@@ -1,0 +1,64 @@
+"""What the methods of stage two share: a classifier, its moving average, targets without gradient, one pass with gradient."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from modicum.config import TeacherSettings
+from modicum.data.stream import Sample
+from modicum.errors import InputError
+from modicum.method import Decisions, Facts, Method, Progress, Recipe
+from modicum.networks import Backbone, Classifier
+from modicum.teacher import Teacher, untouched_statistics
+
+TeacherOrNone = TeacherSettings | Literal["none"]
+
+
+@dataclass(frozen=True)
+class Guesses:
+    """What a method made of one step's unlabelled images; the audit compares it with the truth, which no method ever sees."""
+
+    rows: Tensor  # int64 (N,): rows of the data set
+    probabilities: Tensor  # (N, C)
+    used: Tensor  # (N,), 0 or 1
+
+
+class SemiSupervised(Method):
+    """Base of the methods of stage two. The average is what is evaluated; it is also the teacher, where a method has one."""
+
+    recipe: ClassVar = Recipe("sgd", lr=0.03, weight_decay=5e-4, batch=64, nesterov=True, schedule="cosine_7_16")
+    student: Classifier
+    guesses: Guesses | None = None
+
+    def __init__(self, backbone: Backbone, facts: Facts, teacher: TeacherOrNone = "none") -> None:
+        super().__init__()
+        self.student = Classifier(backbone, facts.num_classes)
+        self.has_teacher = teacher != "none"
+        average = TeacherSettings(norm="bn", momentum=facts.ema_momentum) if teacher == "none" else teacher
+        self.average = Teacher(self.student, average)
+
+    def together(self, *images: Tensor) -> list[Tensor]:
+        """The student's logits of several sets of images in ONE pass, so that all are normalised by the same mixture."""
+        logits = self.student(torch.cat(images)).float()
+        return list(logits.split([len(part) for part in images]))
+
+    @torch.no_grad()
+    def targets(self, sample: Sample, view: int) -> Tensor:
+        """Class probabilities (N, C) of one view, without gradient: the teacher's, or the student's own from a pass of its own."""
+        if self.has_teacher:
+            return self.average(sample, view).float().softmax(dim=1)
+        with untouched_statistics(self.student):
+            return self.student(sample.view(view)).float().softmax(dim=1)
+
+    @classmethod
+    def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
+        teacher = settings.get("teacher", "none")
+        if teacher != "none" and teacher["norm"] == "shuffle_bn":
+            raise InputError("finetune.method.teacher.norm = shuffle_bn has no use in stage two, which compares no query with its key; choose bn or eman.")
+        return super().decide(settings, facts)
+
+    def after_step(self, progress: Progress) -> None:
+        self.average.update(self.student)

@@ -1,0 +1,188 @@
+"""What a run writes to be read again: the state that resume needs, the backbone that passes from stage to stage, the classifier."""
+
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from modicum import __version__
+from modicum.config import DataSettings
+from modicum.errors import InputError
+from modicum.files import write_atomically
+from modicum.networks import Architecture, Backbone, Classifier
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a network expects of an image: side in pixels, channels, and the normalisation of pixels in 0..1."""
+
+    image_size: int
+    channels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, data: DataSettings) -> "Preprocessing":
+        """The preprocessing that resolved settings describe."""
+        return cls(int(data.image_size), int(data.channels), tuple(data.mean), tuple(data.std))
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes tensors and plain values in one atomic step."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state written by `save_state`, on the CPU. Raises InputError naming the file where it cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise InputError(f"The state {path} cannot be read ({error}); delete it to start this stage anew.") from None
+
+
+def save_backbone(folder: Path, backbone: Backbone, preprocessing: Preprocessing) -> None:
+    """Writes `backbone/` in timm's local-directory format, with a README that says how to load it anywhere."""
+    _save_network(folder, backbone.architecture, backbone.network.state_dict(), preprocessing, ())
+
+
+def save_classifier(folder: Path, classifier: Classifier, preprocessing: Preprocessing, class_names: tuple[str, ...]) -> None:
+    """Writes backbone and head as one timm network with `len(class_names)` outputs."""
+    head = classifier_layer(classifier.backbone.architecture, len(class_names))
+    state = classifier.backbone.network.state_dict() | {f"{head}.{name}": value for name, value in classifier.head.state_dict().items()}
+    _save_network(folder, classifier.backbone.architecture, state, preprocessing, class_names)
+
+
+def load_backbone(folder: Path) -> tuple[Backbone, Preprocessing]:
+    """The backbone of a folder written by `save_backbone` or `save_classifier`, in evaluation mode. Raises InputError."""
+    config, state = _read_network(folder)
+    architecture = _architecture(config)
+    backbone = Backbone(architecture)
+    if config["num_classes"]:
+        head = classifier_layer(architecture, config["num_classes"])
+        state = {name: value for name, value in state.items() if not name.startswith(f"{head}.")}
+    fill(backbone.network, state, folder)
+    return backbone.eval(), _preprocessing(config)
+
+
+def load_classifier(folder: Path) -> tuple[Classifier, Preprocessing, tuple[str, ...]]:
+    """The classifier of a folder written by `save_classifier`, in evaluation mode, and the names of its classes. Raises InputError."""
+    config, state = _read_network(folder)
+    if not config["num_classes"]:
+        raise InputError(f"{folder} holds a backbone without a classifier; give a folder such as RUN/finetune/classifier.")
+    architecture = _architecture(config)
+    classifier = Classifier(Backbone(architecture), config["num_classes"])
+    head = f"{classifier_layer(architecture, config['num_classes'])}."
+    fill(classifier.head, {name.removeprefix(head): value for name, value in state.items() if name.startswith(head)}, folder)
+    fill(classifier.backbone.network, {name: value for name, value in state.items() if not name.startswith(head)}, folder)
+    return classifier.eval(), _preprocessing(config), tuple(config["label_names"])
+
+
+def fill(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
+    """Loads `state` into `module`, every entry or none. Raises InputError that names what does not fit."""
+    expected = module.state_dict()
+    missing = [name for name in expected if name not in state]
+    surplus = [name for name in state if name not in expected]
+    unlike = [f"{name} {tuple(state[name].shape)} for {tuple(v.shape)}" for name, v in expected.items() if name in state and state[name].shape != v.shape]
+    for reason, names in (("lacks", missing), ("holds unknown", surplus), ("holds other shapes:", unlike)):
+        if names:
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise InputError(f"{source} does not fit this network: it {reason} {shown}. Give the architecture, stem and image size it was made with.")
+    module.load_state_dict(state)
+
+
+def classifier_layer(architecture: Architecture, num_classes: int) -> str:
+    """The path of the final linear layer in timm's network of this architecture, for example `fc`."""
+    with torch.device("meta"):
+        network = architecture.build(num_classes)
+    return next(name for name, module in network.named_modules() if module is network.get_classifier())
+
+
+def _save_network(
+    folder: Path, architecture: Architecture, state: dict[str, Tensor], preprocessing: Preprocessing, class_names: tuple[str, ...]
+) -> None:
+    num_classes = len(class_names)
+    with torch.device("meta"):
+        network = architecture.build(num_classes)
+    known = network.pretrained_cfg
+    config = {
+        "architecture": architecture.name,
+        "num_classes": num_classes,
+        "num_features": network.num_features,
+        "model_args": {**architecture.arguments, "in_chans": architecture.channels},
+        "pretrained_cfg": {
+            "input_size": [preprocessing.channels, preprocessing.image_size, preprocessing.image_size],
+            "mean": preprocessing.mean,
+            "std": preprocessing.std,
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "num_classes": num_classes,
+            "first_conv": known.get("first_conv"),
+            "classifier": known.get("classifier"),
+        },
+        "modicum": {"version": __version__, "architecture": asdict(architecture)},
+        **({"label_names": class_names} if class_names else {}),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "README.md", _readme(architecture, num_classes, preprocessing))
+    write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_atomically(folder / WEIGHTS, save({name: value.detach().cpu().contiguous() for name, value in state.items()}, {"format": "pt"}))
+
+
+def _readme(architecture: Architecture, num_classes: int, preprocessing: Preprocessing) -> str:
+    arguments = {"in_chans": architecture.channels, "num_classes": num_classes, **architecture.arguments}
+    lines = [
+        "import timm",
+        *(["import torch"] if architecture.stem else []),
+        "from safetensors.torch import load_file",
+        "",
+        f"network = timm.create_model({architecture.name!r}, {', '.join(f'{key}={value!r}' for key, value in arguments.items())})",
+    ]
+    for path, layer in architecture.stem.items():
+        built = "Identity()" if layer is None else f"Conv2d({', '.join(f'{key}={value!r}' for key, value in layer.items())})"
+        lines.append(f"network.{path.replace('.0', '[0]')} = torch.nn.{built}")
+    lines += [f'network.load_state_dict(load_file("{WEIGHTS}"))', "network.eval()"]
+    short = (
+        "timm's own small images need a changed stem, so `local-dir:` alone does not do here; the lines above do."
+        if architecture.stem
+        else 'Or in one line: `timm.create_model("local-dir:PATH/TO/THIS/FOLDER", pretrained=True)`.'
+    )
+    what = f"the {num_classes} class scores (names in `config.json`, `label_names`)" if num_classes else "the features"
+    side = preprocessing.image_size
+    return (
+        f"# {architecture.name}, written by Modicum {__version__}\n\n```python\n" + "\n".join(lines) + "\n```\n\n"
+        f"`network(images)` gives {what} of images of shape (batch, {preprocessing.channels}, {side}, {side}):\n"
+        f"pixels in 0..1, less the mean {list(preprocessing.mean)}, divided by {list(preprocessing.std)}.\n\n{short}\n"
+    )
+
+
+def _read_network(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    for name in ("config.json", WEIGHTS):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} is no backbone folder: it has no {name}.")
+    try:
+        return json.loads((folder / "config.json").read_text()), load((folder / WEIGHTS).read_bytes())
+    except ValueError as error:
+        raise InputError(f"{folder} cannot be read as a backbone: {error}.") from None
+
+
+def _architecture(config: dict[str, Any]) -> Architecture:
+    if "modicum" in config:
+        return Architecture(**config["modicum"]["architecture"])
+    arguments = dict(config.get("model_args") or {})
+    channels, size, _ = config["pretrained_cfg"]["input_size"]
+    return Architecture(config["architecture"], arguments.pop("in_chans", channels), size, arguments)
+
+
+def _preprocessing(config: dict[str, Any]) -> Preprocessing:
+    known = config["pretrained_cfg"]
+    channels, size, _ = known["input_size"]
+    return Preprocessing(size, channels, tuple(known["mean"]), tuple(known["std"]))

@@ -1,0 +1,224 @@
+"""The command `modicum`. Only what is light is imported up here: help and finished runs answer at once."""
+
+import errno
+import functools
+import importlib
+import json
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from modicum.config import Experiment, load_experiment
+from modicum.data.fingerprint import input_fingerprint
+from modicum.errors import InputError, Interrupted, Preempted
+from modicum.explain import commented
+from modicum.record import say, warn
+from modicum.run_folder import RunFolder
+from modicum.session import dry_run, make_request, prepare, run_stages, show_results
+
+app = typer.Typer(
+    help="Unlabelled images and a modicum of labels in; an accurate classifier, a reusable backbone and an honest report out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Stage(StrEnum):
+    pretrain = "pretrain"
+    finetune = "finetune"
+    evaluate = "evaluate"
+
+
+Config = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="a YAML file, or the name of a shipped config such as digits", show_default=False)
+]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="settings that beat the file's", show_default=False)]
+Run = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="run folder; by default runs/<config name>", show_default=False)]
+Init = Annotated[str | None, typer.Option("--init", metavar="PATH", help="a backbone folder or file to start from", show_default=False)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done, with all settings; create nothing")]
+Force = Annotated[bool, typer.Option("--force", help="clear and run again the stages that depend on changed settings")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
+
+
+def _with_exit_status(command: Callable[..., None]) -> Callable[..., None]:
+    """Ends a command by its exit status and one clear sentence: 2 bad input, 130 interrupted, 75 preempted. A bug keeps its traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except (InputError, Interrupted, KeyboardInterrupt, OSError) as error:
+            status, message = _ending(error)
+            if status is None:
+                raise
+            if options.get("debug"):
+                traceback.print_exc()
+            print(f"modicum: {message}", file=sys.stderr)
+            raise typer.Exit(status) from None
+
+    return wrapped
+
+
+def _ending(error: BaseException) -> tuple[int | None, str]:
+    """Exit status and sentence of an expected end; no status for a bug."""
+    if isinstance(error, InputError | Interrupted):
+        return error.exit_status, str(error) or "Stopped; the same command goes on from the last saved state."
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted.exit_status, "Interrupted; the same command goes on from the last saved state."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" at {error.filename}" if error.filename else ""
+        return 1, f"The disk is full{where}. Nothing saved is lost: make room, and the same command goes on from the last saved state."
+    return None, ""
+
+
+@app.command()
+@_with_exit_status
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    run: Run = None,
+    init: Init = None,
+    from_stage: Annotated[Stage | None, typer.Option("--from", help="run this stage and those after it again", show_default=False)] = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """The whole chain: pretrain, finetune, evaluate, report. Goes on from where it was and skips what is done.
+
+    With --init, stage two starts from that backbone and stage one is skipped.
+    """
+    request = make_request(config, overrides or (), run=run, init=init)
+    again = from_stage.value if from_stage else None
+    _pipeline("run").run(request, force=force, again=again, dry=dry_run)
+
+
+def _stage_command(stage: str, help: str) -> None:
+    @app.command(stage, help=help)
+    @_with_exit_status
+    def command(
+        config: Config,
+        overrides: Overrides = None,
+        run: Run = None,
+        init: Init = None,
+        dry_run: DryRun = False,
+        force: Force = False,
+        debug: Debug = False,
+    ) -> None:
+        _one_stage(stage, config, overrides or (), run, init, dry_run, force)
+
+
+_stage_command("pretrain", "Stage one: unlabelled images to a backbone. With --init, training starts from those weights.")
+_stage_command("finetune", "Stage two: a backbone, few labels and many unlabelled images to a classifier. With --init, from that backbone.")
+_stage_command("evaluate", "Stage three: judge by kNN and linear probe, compare with the baselines, write the report.")
+
+
+def _one_stage(stage: str, config: str, overrides: Sequence[str], run: Path | None, init: str | None, dry: bool, force: bool) -> None:
+    request = make_request(config, overrides, run=run, init=init, init_stage="pretrain" if stage == "pretrain" else "finetune")
+    if dry:
+        for line in dry_run(request, [stage], force=force):
+            print(line)
+        return
+    if not run_stages(request, [stage], force=force):
+        say(f"{stage} is done in {request.folder}; `modicum run {config} --from {stage}` runs it again.")
+    if stage == "evaluate":
+        show_results(request.folder)
+
+
+@app.command()
+@_with_exit_status
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder with a finished stage two", show_default=False)],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="a folder of images", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="CSV to write: path, class, confidence", show_default=False)],
+    force: Annotated[bool, typer.Option("--force", help="overwrite FILE")] = False,
+    debug: Debug = False,
+) -> None:
+    """Label a folder of images by the classifier of a run."""
+    folder = RunFolder(run)
+    recorded = folder.recorded()
+    if recorded is None or not (folder.stage("finetune") / "done.json").is_file():
+        raise InputError(f"{run} is no run folder with a finished stage two, so it has no classifier to predict with.")
+    if out.exists() and not force:
+        raise InputError(f"{out} is there already; give another --out, or --force to overwrite it.")
+    hardware = importlib.import_module("modicum.hardware")
+    chosen = hardware.choose_hardware(Experiment(device=recorded["device"], precision=recorded["precision"]))
+    importlib.import_module("modicum.evaluate.predict").predict(folder.stage("finetune") / "classifier", images, out, chosen, force=force)
+    say(f"Predictions: {out}")
+
+
+@app.command()
+@_with_exit_status
+def sweep(
+    config: Config,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, metavar="N", help="seeds and label draws 0 to N - 1", show_default=False)],
+    overrides: Overrides = None,
+    over: Annotated[
+        list[str] | None, typer.Option("--over", metavar="KEY=A,B,C", help="values to compare; may be repeated", show_default=False)
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="DIR", help="folder of the runs; by default runs/<config name>-sweep", show_default=False),
+    ] = None,
+    init: Init = None,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """The same chain over seeds, methods, label counts: mean and spread in one table. Goes on from where it was."""
+    _pipeline("sweep").sweep(config, overrides or (), seeds=seeds, over=over or (), run=run, init=init, force=force)
+
+
+@app.command("config")
+@_with_exit_status
+def show_config(
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="a YAML file or a shipped config", show_default=False)] = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON schema of a config instead, for editors")] = False,
+    debug: Debug = False,
+) -> None:
+    """The resolved experiment: every setting, its value and its meaning. The output is a config itself."""
+    if schema:
+        print(json.dumps(Experiment.model_json_schema(), indent=2))
+        return
+    if config is None:
+        raise InputError("Give a CONFIG, or --schema.")
+    experiment = load_experiment(config, overrides or ())
+    try:
+        input_fingerprint(experiment.data)
+    except InputError as error:
+        warn(f"What depends on the data stays auto. {error}")
+        print(commented(experiment), end="")
+        return
+    prepared = prepare(make_request(config, overrides or ()))
+    print(commented(prepared.experiment, prepared.reasons), end="")
+
+
+def _pipeline(name: str) -> Any:
+    return importlib.import_module(f"modicum.pipelines.{name}")
+
+
+def _preempted(number: int, frame: FrameType | None) -> None:
+    raise Preempted("Preempted by SIGTERM; the same command goes on from the last saved state.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits by its status."""
+    earlier = signal.signal(signal.SIGTERM, _preempted)  # outside the training loop, which saves first
+    try:
+        app(args=arguments, prog_name="modicum")
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+def stage_main(stage: str) -> None:
+    """`python -m STAGE ...` is `modicum STAGE ...`."""
+    main([stage, *sys.argv[1:]])

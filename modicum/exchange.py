@@ -1,0 +1,64 @@
+"""Backbones from other formats: weights that start a stage, from our own folders, safetensors files and foreign checkpoints."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from modicum.checkpoint import fill, load_backbone, load_state
+from modicum.config import Experiment
+from modicum.errors import InputError
+from modicum.networks import Backbone, create_backbone
+
+CONTAINERS = ("state_dict", "model", "model_state_dict", "teacher", "student")  # where checkpoints keep the weights
+
+
+def initial_backbone(init: str | None, experiment: Experiment) -> Backbone:
+    """The experiment's backbone with the weights of `init`, or random ones drawn from the seed where it is None.
+
+    `init` is a backbone folder, a safetensors file or a torch checkpoint of any project, whose entries may carry a prefix such
+    as `module.encoder_q.`. Every weight of the backbone is found, or InputError says what the file holds instead.
+    """
+    backbone = create_backbone(experiment.backbone, int(experiment.data.channels), int(experiment.data.image_size), experiment.seed)
+    if init is None:
+        return backbone
+    path = Path(init)
+    if path.is_dir():
+        given, _ = load_backbone(path)
+        if given.architecture != backbone.architecture:
+            differences = [
+                f"{name} {getattr(given.architecture, name)!r} for {value!r}"
+                for name, value in vars(backbone.architecture).items()
+                if getattr(given.architecture, name) != value
+            ]
+            raise InputError(f"The backbone in {path} does not fit the config: it has {'; '.join(differences)}.")
+        return given
+    fill(backbone.network, _backbone_part(_read_weights(path), backbone.network.state_dict(), path), path)
+    return backbone
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"There is no backbone folder or file {path} to start from.")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    content = load_state(path)
+    for container in CONTAINERS:
+        if isinstance(content.get(container), dict):
+            content = content[container]
+            break
+    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+
+
+def _backbone_part(weights: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The entries that the backbone wants, under the one prefix that all of them share; heads and the like are left aside."""
+    first = next(iter(wanted))
+    prefixes = [name.removesuffix(first) for name in weights if name.endswith(first)]
+    for prefix in sorted(prefixes, key=len):
+        if all(prefix + name in weights for name in wanted):
+            return {name: weights[prefix + name] for name in wanted}
+    raise InputError(
+        f"{path} does not hold this backbone: no prefix gives all its {len(wanted)} entries ({first}, ...). "
+        f"It holds {len(weights)} tensors, for example {', '.join(list(weights)[:3])}."
+    )

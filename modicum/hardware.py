@@ -1,0 +1,59 @@
+"""One device, precision and thread count for a run, chosen in this one place."""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from modicum.config import Experiment
+from modicum.errors import InputError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where and how a run computes. Precision and threads move the last bits, so a resumed run takes them from its state."""
+
+    device: torch.device
+    precision: str  # bf16 | fp32
+    threads: int
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """bf16 where chosen: matrix products and convolutions in bf16, everything delicate in fp32."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def describe(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.threads} threads"
+        return f"{self.device}, {name}, {self.precision}"
+
+
+def choose_hardware(experiment: Experiment) -> Hardware:
+    """The hardware that `device` and `precision` ask for. Raises InputError for a device this machine lacks."""
+    device = _device(experiment.device)
+    precision = experiment.precision
+    if precision == "auto":
+        precision = "bf16" if _has_fast_bf16(device) else "fp32"
+    return Hardware(device, precision, torch.get_num_threads())
+
+
+def _device(name: str) -> torch.device:
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device("cuda" if available["cuda"] else "mps" if available["mps"] else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device = {name!r} is not possible: choose auto, cpu, cuda, cuda:N or mps.") from None
+    if not available.get(device.type, False) or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"device = {name!r} is not there; this machine has {', '.join(key for key, there in available.items() if there)}.")
+    return device
+
+
+def _has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older torch cannot tell
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return False

@@ -1,0 +1,162 @@
+"""The only training loop, of stage one and stage two alike. It knows methods and steps: no stage, no teacher, no label."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from modicum import distributed
+from modicum.checkpoint import load_state, save_state
+from modicum.data.stream import Batch
+from modicum.errors import InputError
+from modicum.hardware import Hardware
+from modicum.method import Method, Progress
+from modicum.optim import Schedule
+from modicum.randomness import seed_of
+from modicum.record import Metrics, progress, warn
+from modicum.signals import StopSignal
+
+Reading = tuple[Tensor, Tensor]  # numerator and denominator, summed over the steps of a log interval before they are divided
+SAVE_SECONDS = 30.0
+
+
+@dataclass
+class Monitor:
+    """Something read now and then between steps: `read()` gives named figures. It must leave the run's course untouched."""
+
+    every: int  # steps
+    read: Callable[[], dict[str, float]]
+
+
+@dataclass
+class Training:
+    """One training run: what is trained, on what, for how long, and where its state lies."""
+
+    title: str
+    method: Method
+    batch: Callable[[int], Batch]  # step -> the batch of that step
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    steps: int
+    batch_size: int  # images a step, for the rate shown
+    folder: Path
+    hardware: Hardware
+    seed: int
+    log_every: int = 20
+    observe: Callable[[], Mapping[str, Reading]] = dict  # figures of the step just made
+    monitors: list[Monitor] = field(default_factory=list)
+
+    @property
+    def state_path(self) -> Path:
+        return self.folder / "state.pt"
+
+    def run(self) -> None:
+        """Trains to the last step, from the saved state where there is one.
+
+        Raises Interrupted or Preempted after saving, and InputError when the loss is no longer finite.
+        """
+        method = self.method.to(self.hardware.device, memory_format=torch.channels_last)
+        totals = _Totals()
+        start = self._resume(totals)
+        hardware = self.hardware
+        torch.set_num_threads(hardware.threads)
+        metrics = Metrics(self.folder / "metrics.csv", start)
+        trained = DistributedDataParallel(method) if distributed.world_size() > 1 else method
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        saved_at = time.monotonic()
+        method.train()
+        with StopSignal() as stop, progress(self.title, self.steps * self.batch_size, completed=start * self.batch_size) as advance:
+            for step in range(start, self.steps):
+                torch.manual_seed(seed_of(self.seed, self.title, step))  # dropout and its kin
+
+                method.progress = Progress(step, self.steps)
+                with hardware.autocast():
+                    loss = trained(self.batch(step))
+                self.optimizer.zero_grad()
+                loss.total.backward()
+                finite = mask_unless_finite(loss.total, parameters)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.optimizer.defaults["lr"] * group["scale"] * self.schedule(step / self.steps)
+                self.optimizer.step()
+                method.after_step(Progress(step + 1, self.steps))
+
+                one = torch.ones_like(finite)
+                figures = {"loss": loss.total, **{f"loss/{name}": part for name, part in loss.parts.items()}}
+                totals.add({"finite": (finite, one)} | {name: (part.detach(), one) for name, part in figures.items()} | dict(self.observe()))
+                done = step + 1
+                last = done == self.steps
+                if done % self.log_every == 0 or last:
+                    values = totals.read()  # a sync point, as the only one between two log steps
+                    self._check(values.pop("finite"), done)
+                    values["lr"] = self.optimizer.param_groups[0]["lr"]
+                    metrics.write(done, values)
+                    advance(0, note=f"loss {values['loss']:.3f}")
+                for monitor in self.monitors:
+                    if done % monitor.every == 0 or last:
+                        metrics.write(done, monitor.read())
+                advance(self.batch_size)
+                if stop.requested or last or time.monotonic() - saved_at > SAVE_SECONDS:
+                    self._save(done, totals)
+                    saved_at = time.monotonic()
+                if stop.requested and not last:
+                    raise stop.requested(f"Stopped after step {done} of {self.steps}; the state is saved and the same command goes on from there.")
+
+    def _resume(self, totals: "_Totals") -> int:
+        if not self.state_path.is_file():
+            return 0
+        state = load_state(self.state_path)
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.hardware = replace(self.hardware, **state["hardware"])  # they move the last bits
+        totals.sums = {name: value.to(self.hardware.device) for name, value in state["totals"].items()}
+        return int(state["step"])
+
+    def _save(self, step: int, totals: "_Totals") -> None:
+        if distributed.rank() == 0:
+            state = {"step": step, "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "totals": totals.sums}
+            hardware = {"precision": self.hardware.precision, "threads": self.hardware.threads}
+            save_state(self.state_path, state | {"hardware": hardware})
+        distributed.barrier()
+
+    def _check(self, finite_share: float, step: int) -> None:
+        if finite_share == 1:
+            return
+        spoilt = [name for name, value in self.method.state_dict().items() if not torch.isfinite(value).all()]
+        if finite_share == 0 or spoilt:
+            raise InputError(
+                f"The loss of {self.title} is no longer finite at step {step}; the state before it stands in {self.state_path}. "
+                "Lower the learning rate, or set precision=fp32."
+            )
+        warn(f"{1 - finite_share:.0%} of the last steps up to {step} had no finite gradient and were left out.")
+
+
+class _Totals:
+    """Sums of numerators and denominators since the last log step, kept on the device."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, readings: Mapping[str, Reading]) -> None:
+        for name, reading in readings.items():
+            pair = torch.stack([part.float() for part in reading])
+            self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+
+    def read(self) -> dict[str, float]:
+        """The ratios, and an empty sum again. A reading without any image in its denominator is left out."""
+        values = {name: pair.tolist() for name, pair in self.sums.items()}
+        self.sums = {}
+        return {name: above / below for name, (above, below) in values.items() if below}
+
+
+def mask_unless_finite(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """Zeroes all gradients unless loss and gradients are finite, without asking the device. Returns 1.0 or 0.0 on the device."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients)) & torch.isfinite(loss.detach())
+    for gradient in gradients:
+        gradient.masked_fill_(~finite, 0)
+    return finite.float()
+

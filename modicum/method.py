@@ -1,0 +1,173 @@
+"""What a method is to the rest of the house: a module that turns a batch into a loss. Its file name is its name in a config."""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_origin
+
+from annotated_types import BaseMetadata
+from pydantic import ConfigDict, Field, create_model
+from torch import Tensor, nn
+
+from modicum import distributed
+from modicum.config import AUTO, Auto, Settings, TeacherSettings, did_you_mean
+from modicum.errors import InputError
+from modicum.randomness import seeded
+
+if TYPE_CHECKING:
+    from modicum.data.stream import Batch
+    from modicum.networks import Backbone
+
+Decisions = dict[str, tuple[Any, str]]  # setting -> value chosen for `auto`, and why
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a method may know of the data and the run before it starts."""
+
+    num_images: int  # training images, labelled or not
+    num_classes: int
+    image_size: int
+    steps: int
+    batch_size: int  # images a step; in stage two labelled ones
+    ema_momentum: float = 0.999  # stage two: of the average that is evaluated, for methods without a teacher
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`step` steps are done of `steps`."""
+
+    step: int
+    steps: int
+
+    @property
+    def fraction(self) -> float:
+        return self.step / self.steps
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`total` is what is minimised; `parts` are its named summands, for the record. All are scalars on the device."""
+
+    total: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A paper's optimizer; `lr` is stated for `batch` images a step and scaled linearly to others."""
+
+    name: str
+    lr: float
+    weight_decay: float
+    batch: int = 256
+    nesterov: bool = False
+    schedule: str = "cosine"
+    warmup: float = 0.0  # share of the run
+
+
+class Method(nn.Module):
+    """Base of every method of both stages.
+
+    A subclass is built as `SubClass(backbone, facts, seed, **settings)`; its keyword-only arguments are the settings that a
+    config may give, each written once as `name: Annotated[type, bounds, "meaning"] = default`.
+    """
+
+    views: ClassVar[dict[str, tuple[str, ...]]]  # stream -> the policy of each of its views
+    target_views: ClassVar[dict[str, tuple[int, ...]]] = {}  # stream -> numbers of the views that only serve as targets, without gradient
+    recipe: ClassVar[Recipe]
+    student: nn.Module  # what is optimised and averaged; other parameters (a predictor) stand beside it
+    progress: Progress = Progress(0, 1)  # of the run, before the step at hand; set by the loop
+
+    @classmethod
+    def from_settings(cls, backbone: "Backbone", facts: Facts, seed: int, settings: Mapping[str, Any]) -> "Method":
+        """The method of a resolved config's block `{name: NAME, KEY: value}`; its new layers are drawn from `seed`."""
+        model = settings_model(cls)(**{key: value for key, value in settings.items() if key != "name"})
+        with seeded(seed, cls.__name__):
+            return cls(backbone, facts, seed, **{name: getattr(model, name) for name in type(model).model_fields})
+
+    def forward(self, batch: "Batch") -> Loss:
+        raise NotImplementedError
+
+    def after_step(self, progress: Progress) -> None:
+        """What follows the optimizer's step: the teacher's update, the queue."""
+
+    @classmethod
+    def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
+        """Values for the settings left `auto`, each with its reason. Raises InputError for an impossible explicit value."""
+        return decide_teacher(settings["teacher"], facts) if "teacher" in settings else {}
+
+
+def decide_momentum(momentum: float, steps: int) -> tuple[float, str]:
+    """The paper's momentum, or less: an average over more than a tenth of the run would still hold the first weights at its end."""
+    longest = round(1 - 10 / max(steps, 20), 4)
+    return (momentum, "the paper's") if momentum <= longest else (longest, f"averages over a tenth of the {steps} steps at most")
+
+
+def decide_teacher(teacher: Any, facts: Facts, momentum: float = 0.999) -> Decisions:
+    """A teacher's momentum and groups, where they are left `auto`. Raises InputError for groups that cannot be."""
+    if isinstance(teacher, str):
+        return {}
+    decisions: Decisions = {}
+    if teacher["momentum"] == AUTO:
+        decisions["teacher.momentum"] = decide_momentum(momentum, facts.steps)
+    if teacher["norm"] != "shuffle_bn":
+        return decisions
+    groups = teacher["groups"]
+    if groups == AUTO:
+        groups = next((number for number in (8, 4, 2) if facts.batch_size % number == 0 and facts.batch_size // number >= 8), 2)
+        decisions["teacher.groups"] = groups, "8 as on the paper's 8 devices, fewer where a group would hold under 8 images"
+    if groups == 1 and distributed.world_size() == 1:
+        raise InputError(
+            "teacher.groups = 1 with norm shuffle_bn on one device changes nothing: permuting a batch that is normalised as one "
+            "group leaves its statistics as they are. Use groups of 2 or more, or norm: eman."
+        )
+    if facts.batch_size % groups or facts.batch_size // groups < 2:
+        raise InputError(f"teacher.groups = {groups} does not divide batch_size = {facts.batch_size} into groups of at least 2 images.")
+    return decisions
+
+
+def method_names(stage: str) -> list[str]:
+    """The methods of `pretrain` or `finetune`: the files in its folder."""
+    package = importlib.import_module(f"modicum.{stage}.methods")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def find_method(stage: str, name: str) -> type[Method]:
+    """The one method class that the file `name` of the stage defines. Raises InputError for an unknown name."""
+    if name not in method_names(stage):
+        raise InputError(f"{stage}.method: unknown method {name!r}{did_you_mean(str(name), method_names(stage))}")
+    module = importlib.import_module(f"modicum.{stage}.methods.{name}")
+    (found,) = (
+        member
+        for member in vars(module).values()
+        if inspect.isclass(member) and issubclass(member, Method) and member.__module__ == module.__name__
+    )
+    return found
+
+
+def settings_model(method: type[Method]) -> type[Settings]:
+    """The constructor's keyword arguments as a strict model: type, bounds, default and meaning, as written in the signature."""
+    fields: dict[str, Any] = {}
+    for parameter in inspect.signature(method).parameters.values():
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            continue
+        annotation, meaning = _split(parameter.annotation)
+        if parameter.default is AUTO:
+            annotation = Auto | annotation
+        fields[parameter.name] = annotation, Field(parameter.default, description=meaning)
+    return create_model(method.__name__, __config__=ConfigDict(frozen=True, extra="forbid", validate_default=True), __base__=None, **fields)
+
+
+def _split(annotation: Any) -> tuple[Any, str]:
+    """`Annotated[float, Gt(0), "meaning"]` -> `Annotated[float, Gt(0)]` and the meaning."""
+    if get_origin(annotation) is not Annotated:
+        return annotation, ""
+    kind, *metadata = get_args(annotation)
+    meaning = " ".join(entry for entry in metadata if isinstance(entry, str))
+    for bound in metadata:
+        if isinstance(bound, BaseMetadata):
+            kind = Annotated[kind, bound]
+    return kind, meaning

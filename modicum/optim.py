@@ -1,0 +1,53 @@
+"""Optimizers over parameter groups, and learning-rate schedules as pure functions of progress."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from timm.optim import Lars
+from torch import nn
+
+from modicum.config import OptimizerSettings
+
+Schedule = Callable[[float], float]  # progress in 0..1 -> share of the peak learning rate
+
+SCHEDULES: dict[str, Schedule] = {
+    "constant": lambda progress: 1.0,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "cosine_7_16": lambda progress: math.cos(7 * math.pi * progress / 16),  # FixMatch (arXiv:2001.07685), section 2.3
+    "step": lambda progress: 0.1 ** sum(progress >= milestone for milestone in (0.6, 0.8)),  # MoCo (arXiv:1911.05722)
+}
+
+
+def schedule_with_warmup(name: str, warmup: float) -> Schedule:
+    """The named schedule after a linear rise over the first `warmup` (0..1) of the run."""
+    after = SCHEDULES[name]
+
+    def schedule(progress: float) -> float:
+        return progress / warmup if progress < warmup else after((progress - warmup) / (1 - warmup))
+
+    return schedule
+
+
+def parameter_groups(modules: Iterable[tuple[nn.Module, float]], weight_decay: float) -> list[dict[str, object]]:
+    """Groups of the trainable parameters of `modules`, each module with the factor of its learning rate.
+
+    Biases and norm layers (parameters of at most one dimension) are neither decayed nor scaled by LARS.
+    """
+    groups: list[dict[str, object]] = []
+    for module, scale in modules:
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        for decay, chosen in ((weight_decay, [p for p in trainable if p.ndim > 1]), (0.0, [p for p in trainable if p.ndim <= 1])):
+            if chosen and scale:
+                groups.append({"params": chosen, "weight_decay": decay, "scale": scale})
+    return groups
+
+
+def build_optimizer(settings: OptimizerSettings, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+    """The optimizer of resolved settings. LARS (arXiv:1708.03888) adapts only the groups that are decayed."""
+    lr = float(settings.lr)
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    if settings.name == "lars":
+        return Lars(groups, lr=lr, momentum=settings.momentum)
+    return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum, nesterov=settings.nesterov is True)

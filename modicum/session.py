@@ -1,0 +1,283 @@
+"""From a command to stages at work: what was asked, what is left to do, and only then what is heavy."""
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from modicum.config import Experiment, flatten, load_experiment
+from modicum.console_log import ConsoleLog
+from modicum.data.fingerprint import input_fingerprint
+from modicum.errors import InputError
+from modicum.files import content_hash
+from modicum.provenance import provenance
+from modicum.record import say
+from modicum.run_folder import STAGES, Change, RunFolder, chain, depends
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from modicum.data.images import Images
+    from modicum.hardware import Hardware
+    from modicum.resolve import Reason
+
+NUMBER_WORDS = dict(zip(STAGES, ("one", "two", "three"), strict=True))
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command asks for: known without importing anything heavy, so that a finished run is told at once."""
+
+    name: str  # of the config
+    experiment: Experiment  # as asked for, `auto` undecided
+    folder: RunFolder
+    inputs: dict[str, str]  # what the settings name outside the config -> fingerprint of its content
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of the whole chain."""
+        return chain(self.experiment.finetune.init)
+
+    def fingerprint(self, stage: str) -> str:
+        """sha256 of the settings and inputs that the stage's result depends on."""
+        settings = flatten(self.experiment.model_dump(mode="json")) | {f"inputs.{key}": value for key, value in self.inputs.items()}
+        relevant = {key: value for key, value in settings.items() if depends(stage, key, self.experiment.finetune.init)}
+        return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()
+
+    def done(self, stage: str) -> bool:
+        return self.folder.done(stage, self.fingerprint(stage), self.stages)
+
+
+@dataclass(frozen=True)
+class Session:
+    """All that a stage may know. `experiment` is resolved, `requested` as asked for; `splits` has one row an image, in their order."""
+
+    name: str
+    experiment: Experiment
+    requested: Experiment
+    images: "Images"
+    splits: "pd.DataFrame"
+    folder: RunFolder
+    hardware: "Hardware"
+    request: Request
+    log: ConsoleLog
+
+
+def make_request(
+    config: str, overrides: Iterable[str] = (), *, run: Path | None = None, init: str | None = None, init_stage: str = "finetune"
+) -> Request:
+    """The request of a command line; `init` is what the stage `init_stage` starts from. Raises InputError, and creates nothing."""
+    experiment = load_experiment(config, overrides)
+    if init is not None:
+        experiment = _with_init(experiment, init_stage, init)
+    inputs = {"data": input_fingerprint(experiment.data)}
+    for stage in ("pretrain", "finetune"):
+        start = getattr(experiment, stage).init
+        if start in (None, "pretrain", "random"):
+            continue
+        path = Path(start).expanduser().absolute()  # the folder is valid from everywhere
+        if not path.exists():
+            raise InputError(f"{stage}.init = {start!r}: there is no such backbone folder or file.")
+        experiment = _with_init(experiment, stage, str(path))
+        inputs[f"{stage}.init"] = content_hash(path)
+    name = Path(config).name.removesuffix(".yaml").removesuffix(".yml")
+    return Request(name, experiment, RunFolder(run or Path("runs") / name), inputs)
+
+
+def _with_init(experiment: Experiment, stage: str, init: str) -> Experiment:
+    return experiment.model_copy(update={stage: getattr(experiment, stage).model_copy(update={"init": init})})
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The heavy part of a session, still without a trace on the disk."""
+
+    images: "Images"
+    experiment: Experiment
+    reasons: "list[Reason]"
+    splits: "pd.DataFrame"
+    hardware: "Hardware"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.experiment.model_dump(mode="json")
+
+
+def prepare(request: Request) -> Prepared:
+    """Loads the images, decides every `auto`, draws the labels. Raises InputError for whatever cannot be."""
+    from modicum.data.sources import load_images
+    from modicum.data.splits import make_splits
+    from modicum.hardware import choose_hardware
+    from modicum.resolve import resolve
+
+    images = load_images(request.experiment.data)
+    experiment, reasons = resolve(request.experiment, images)
+    return Prepared(images, experiment, reasons, make_splits(images, experiment.finetune), choose_hardware(experiment))
+
+
+def stages_to_clear(request: Request, changes: list[Change], *, force: bool, again: str | None) -> list[str]:
+    """The stages whose results must go before the run: from `again` on, and with `force` those that depend on what has changed.
+
+    Raises InputError that lists the changes where a begun stage depends on them and neither wish was said.
+    """
+    clearing = set(STAGES[STAGES.index(again) :]) if again else set()
+    refused = [change for change in changes if set(change.stages) - clearing]
+    if refused and not force:
+        listed = "".join(f"\n  {change}" for change in refused)
+        begun = sorted({stage for change in refused for stage in change.stages}, key=STAGES.index)
+        raise InputError(
+            f"The run folder {request.folder} belongs to other settings:{listed}\n"
+            f"Choose another folder by --run, or clear {_words(begun)} there and run them again by --force."
+        )
+    return sorted(clearing.union(*(change.stages for change in refused)), key=STAGES.index)
+
+
+def _refuse_missing_stage(request: Request, again: str | None) -> None:
+    if again and again not in request.stages:
+        raise InputError(f"--from {again}: stage two starts from {request.experiment.finetune.init}, so this run has no stage {again}.")
+
+
+@contextmanager
+def open_session(request: Request, *, force: bool = False, again: str | None = None, quiet: bool = False) -> Iterator[Session]:
+    """Locks the folder, prepares the session, writes experiment.yaml and splits.csv; all bad input is refused before the folder is made.
+
+    `again` names the first stage to run again; `quiet` leaves only progress bars on the console.
+    """
+    from modicum.data.splits import write_splits
+
+    _refuse_missing_stage(request, again)
+    folder, log = request.folder, ConsoleLog(quiet)
+    with ExitStack() as held:
+        held.enter_context(log.copying())
+        existed = folder.exists()
+        if existed:
+            held.enter_context(folder.lock())
+        prepared = prepare(request)
+        if not existed:
+            held.enter_context(folder.lock())
+        fresh = folder.recorded() is None
+        changes = folder.changes(prepared.settings, request.inputs)
+        cleared = folder.clear(stages_to_clear(request, changes, force=force, again=again))
+        if cleared:
+            say(f"Cleared {_words(cleared)} of {folder}.")
+        if fresh or changes:
+            folder.record(prepared.settings, {"config": request.name, **provenance(), "inputs": request.inputs})
+            for line in summary(prepared):
+                say(line)
+        if fresh or changes or not (folder.path / "splits.csv").is_file():
+            write_splits(prepared.splits, folder.path / "splits.csv")
+        yield Session(
+            name=request.name,
+            experiment=prepared.experiment,
+            requested=request.experiment,
+            images=prepared.images,
+            splits=prepared.splits,
+            folder=folder,
+            hardware=prepared.hardware,
+            request=request,
+            log=log,
+        )
+
+
+def summary(prepared: Prepared) -> Iterator[str]:
+    """What a person should know before a fresh run: the images, the labels, the hardware, every decided `auto` with its reason."""
+    counts = prepared.splits["split"].value_counts()
+    yield f"{prepared.images.name}: " + ", ".join(f"{counts[split]:,} {split}" for split in counts.index) + " images"
+    yield f"hardware: {prepared.hardware.describe()}"
+    for reason in prepared.reasons:
+        yield f"{reason.key} = {reason.value} ({reason.why})"
+
+
+def run_stage(session: Session, stage: str) -> None:
+    """Runs a stage that is not done yet; it goes on from its own state. Raises InputError where the stage before it is missing."""
+    folder, request = session.folder, session.request
+    if folder.finished(stage, request.stages):
+        say(f"Stage {NUMBER_WORDS[stage]}, {stage}: done already.")
+        if not request.done(stage):  # the same settings, said in other words
+            folder.mark_done(stage, request.fingerprint(stage), request.stages)
+        return
+    _need_stages_before(session, stage)
+    path = folder.stage(stage)
+    path.mkdir(exist_ok=True)
+    with session.log.writing_to(path / "console.log"):
+        say(f"Stage {NUMBER_WORDS[stage]}, {stage}: {'goes on' if folder.begun(stage) else 'begins'} in {path}")
+        importlib.import_module(f"modicum.{stage}.run").run(session)
+    folder.mark_done(stage, request.fingerprint(stage), request.stages)
+
+
+def _need_stages_before(session: Session, stage: str) -> None:
+    folder, init = session.folder, session.experiment.finetune.init
+    if stage == "finetune" and init == "pretrain" and not folder.finished("pretrain"):
+        raise InputError(f"{folder} has no finished pretrain stage to start from: run `modicum pretrain` first, or give --init.")
+    if (
+        stage == "evaluate"
+        and init in ("pretrain", "random")
+        and not any(folder.finished(name, session.request.stages) for name in STAGES[:2])
+    ):
+        raise InputError(f"{folder} has no finished stage to evaluate: run `modicum run`, `modicum pretrain` or `modicum finetune` first.")
+
+
+def run_stages(request: Request, stages: Iterable[str], *, force: bool = False, again: str | None = None, quiet: bool = False) -> bool:
+    """Runs those of `stages` that are not done. False where there was nothing to do, told without heavy imports."""
+    stages = tuple(stages)
+    if again is None and all(request.done(stage) for stage in stages):
+        return False
+    with open_session(request, force=force, again=again, quiet=quiet) as session:
+        for stage in stages:
+            run_stage(session, stage)
+    return True
+
+
+def dry_run(request: Request, stages: Iterable[str], *, force: bool = False, again: str | None = None) -> Iterator[str]:
+    """Lines that say what `run_stages` would do; nothing is created. Raises what it would raise."""
+    _refuse_missing_stage(request, again)
+    folder = request.folder
+    folder.exists()
+    prepared = prepare(request)
+    changes = folder.changes(prepared.settings, request.inputs)
+    clearing = stages_to_clear(request, changes, force=force, again=again)
+    yield f"Run folder: {folder}"
+    for stage in stages:
+        if stage in clearing and folder.stage(stage).is_dir():
+            yield f"  {stage}: would be cleared and run again"
+        elif folder.finished(stage, request.stages) and stage not in clearing:
+            yield f"  {stage}: done, would be skipped"
+        else:
+            yield f"  {stage}: would {'go on from its state' if folder.begun(stage) else 'run'}"
+    for change in changes:
+        yield f"  changed: {change}"
+    yield from summary(prepared)
+    yield ""
+    from modicum.explain import commented
+
+    yield commented(prepared.experiment, prepared.reasons)
+
+
+def show_results(folder: RunFolder) -> None:
+    """Prints the table of a finished run, and where its report lies, on standard output."""
+    path = folder.stage("evaluate") / "results.json"
+    if not path.is_file():
+        raise InputError(f"{path} is missing although the stage is done: run it again by --from evaluate.")
+    table = importlib.import_module("modicum.evaluate.table").results_table(json.loads(path.read_text(encoding="utf-8")))
+    output = standard_output()
+    output.print(table)
+    output.print(f"Report: {folder.report}", markup=False)
+
+
+def standard_output() -> Console:
+    """For results; wide enough for a table where nobody's terminal limits it."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    return console
+
+
+def _words(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last

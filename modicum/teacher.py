@@ -1,0 +1,74 @@
+"""The moving average of a student, used by both stages. EMAN is one of its norms (Cai 2021, arXiv:2101.08482)."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from modicum import distributed
+from modicum.config import TeacherSettings
+from modicum.data.stream import Sample
+
+
+class Teacher(nn.Module):
+    """A frozen copy of `student` whose parameters follow it: t <- m t + (1 - m) s.
+
+    norm `bn`: normalises with the statistics of its own batch; buffers are copied from the student.
+    norm `shuffle_bn`: the same, of a permuted batch that is split into groups, so that a key never shares its statistics with
+        its query (He 2019, arXiv:1911.05722, section 3.3).
+    norm `eman`: buffers are averaged as the parameters are, and the copy stays in evaluation mode: what it says of an image
+        does not depend on what stands beside it.
+    """
+
+    def __init__(self, student: nn.Module, settings: TeacherSettings) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(student).requires_grad_(False)
+        self.norm = settings.norm
+        self.momentum = float(settings.momentum)
+        self.groups = int(settings.groups) if settings.norm == "shuffle_bn" else 1
+        self.train()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        super().train(mode)
+        self.network.train(mode and self.norm != "eman")
+        return self
+
+    @torch.no_grad()  # not inference_mode: keys enter the student's graph
+    def forward(self, sample: Sample, view: int) -> Tensor:
+        """The network's output for one view of this rank's images, in their order: (B, D)."""
+        if self.norm != "shuffle_bn":
+            return self.network(sample.view(view))
+        order = sample.permutation()
+        shuffled = distributed.gather(in_groups(self.network, sample.view(view, order), self.groups))
+        return shuffled[torch.argsort(order)[distributed.share(len(order))].to(shuffled.device)]
+
+    @torch.no_grad()
+    def update(self, student: nn.Module, momentum: float | None = None) -> None:
+        """Moves one step towards `student`; `momentum` overrides the constant one, for schedules."""
+        weight = 1 - (self.momentum if momentum is None else momentum)
+        torch._foreach_lerp_(list(self.network.parameters()), list(student.parameters()), weight)
+        for mine, theirs in zip(self.network.buffers(), student.buffers(), strict=True):
+            if self.norm == "eman" and mine.is_floating_point():
+                mine.lerp_(theirs, weight)
+            else:
+                mine.copy_(theirs)
+
+
+def in_groups(network: nn.Module, images: Tensor, groups: int) -> Tensor:
+    """`network` applied to `groups` equal parts of the batch one by one, so that each has norm statistics of its own."""
+    return network(images) if groups == 1 else torch.cat([network(part) for part in images.chunk(groups)])
+
+
+@contextmanager
+def untouched_statistics(network: nn.Module) -> Iterator[None]:
+    """Within, batch norm uses the batch's statistics as in training, but leaves its running ones alone."""
+    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

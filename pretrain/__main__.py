@@ -1,0 +1,9 @@
+"""`python -m pretrain CONFIG` in a checkout: the same as `modicum pretrain CONFIG`.
+
+Not by way of run.py, which imports torch before it is known whether there is work.
+"""
+
+from modicum.cli import stage_main
+
+if __name__ == "__main__":
+    stage_main("pretrain")

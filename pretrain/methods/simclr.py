@@ -1,0 +1,42 @@
+"""SimCLR: contrast with all other images of the batch (Chen 2020, arXiv:2002.05709)."""
+
+from typing import Annotated, ClassVar
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Gt
+from torch import nn
+
+from modicum import distributed
+from modicum.data.stream import Batch
+from modicum.method import Facts, Loss, Method, Recipe
+from modicum.networks import Backbone, mlp
+from modicum.pretrain.losses import nt_xent
+
+
+class SimCLR(Method):
+    """Two views of an image must find each other among all views of the batch, on all ranks."""
+
+    views: ClassVar = {"unlabelled": ("simclr", "simclr")}
+    recipe: ClassVar = Recipe("lars", lr=0.3, weight_decay=1e-6, warmup=0.1)
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        facts: Facts,
+        seed: int = 0,
+        *,
+        temperature: Annotated[float, Gt(0), "divides the cosine similarities; the paper's 0.5 for small images"] = 0.5,
+        embedding_size: Annotated[int, Ge(2), "dimensions of the embeddings"] = 128,
+    ) -> None:
+        super().__init__()
+        self.student = nn.Sequential(backbone, mlp(backbone.num_features, backbone.num_features, embedding_size, norm=True))
+        self.temperature = temperature
+
+    def forward(self, batch: Batch) -> Loss:
+        images = batch["unlabelled"]
+        both = torch.cat([images.view(0), images.view(1)])
+        z = F.normalize(self.student(both).float(), dim=1)  # (2N, D)
+        first, second = z.chunk(2)
+        offset = distributed.rank() * len(first)
+        return Loss(nt_xent(first, second, distributed.gather(first), distributed.gather(second), offset, self.temperature))

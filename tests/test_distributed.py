@@ -1,0 +1,114 @@
+"""Two gloo ranks give the loss and the gradients of one process, where the mathematics says so."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import nn
+
+from modicum import distributed
+from modicum.config import DataSettings, TeacherSettings
+from modicum.data.images import Images
+from modicum.data.sources import load_images
+from modicum.data.stream import Stream
+from modicum.method import Facts, find_method
+from modicum.views.policies import build_policy
+
+RANKS, BATCH = 2, 16
+VIEW = {"image_size": 16, "channels": 1, "mirror": False, "mean": [0.5], "std": [0.25]}
+
+
+class NormFree(nn.Module):
+    """A backbone without batch norm: its features of an image depend on nothing else."""
+
+    num_features = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(nn.Flatten(), nn.Linear(256, 24), nn.ReLU(), nn.Linear(24, self.num_features))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(images)
+
+
+def two_steps(images: Images, name: str, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The losses of two steps, and what they leave: gradients of the second, queue and teacher."""
+    policies = [build_policy({"name": policy}, **VIEW) for policy in find_method("pretrain", name).views["unlabelled"]]
+    stream = Stream.of(images, images.rows("train"), policies, BATCH, torch.device("cpu"), 0, "test")
+    facts = Facts(1347, 10, 16, 100, BATCH)
+    method = find_method("pretrain", name).from_settings(NormFree(), facts, 0, settings)  # type: ignore[arg-type]
+    trained = nn.parallel.DistributedDataParallel(method) if distributed.world_size() > 1 else method
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    losses = []
+    for step in range(2):
+        loss = trained({"unlabelled": stream.sample(step)}).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        method.after_step(method.progress)
+        losses.append(distributed.gather(loss.detach().reshape(1)).mean())
+    gradients = {f"gradient of {key}": value.grad for key, value in method.named_parameters() if value.grad is not None}
+    return {"losses": torch.stack(losses)} | gradients | method.state_dict()
+
+
+def worker(rank: int, folder: str, images: Images, name: str, settings: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (Path(folder) / "port").read_text()}
+    distributed.start(torch.device("cpu"))
+    result = two_steps(images, name, settings)
+    if rank == 0:
+        torch.save(result, f"{folder}/result.pt")
+    dist.destroy_process_group()
+
+
+def free_port() -> str:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("moco_v2", {"queue_size": 64, "teacher": TeacherSettings(norm="bn", momentum=0.9)}),
+        ("moco_v2", {"queue_size": 40, "teacher": TeacherSettings(norm="shuffle_bn", momentum=0.9, groups=2)}),
+    ],
+    ids=["moco_v2-bn", "moco_v2-shuffle_bn"],
+)
+def test_two_ranks_equal_one(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    images = load_images(DataSettings(name="digits"))
+    (tmp_path / "port").write_text(free_port())
+    multiprocessing.spawn(worker, (str(tmp_path), images, name, settings), nprocs=RANKS)
+    there, here = torch.load(tmp_path / "result.pt", weights_only=True), two_steps(images, name, settings)
+    assert there.keys() == here.keys()
+    for key, value in here.items():
+        torch.testing.assert_close(there[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def gather_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (Path(folder) / "port").read_text()}
+    distributed.start(torch.device("cpu"))
+    rows = (torch.arange(6.0).reshape(2, 3) + 10 * rank).requires_grad_()
+    everyone = distributed.gather(rows)
+    (everyone.square().sum() * (rank + 1)).backward()  # the loss of each rank reads the rows of all
+    torch.save((everyone.detach(), rows.grad), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_gather_keeps_rank_order_and_its_gradient_is_the_sum_over_ranks(tmp_path: Path) -> None:
+    (tmp_path / "port").write_text(free_port())
+    multiprocessing.spawn(gather_worker, (str(tmp_path),), nprocs=RANKS)
+    first = torch.arange(6.0).reshape(2, 3)
+    for rank in range(RANKS):
+        everyone, gradient = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(everyone, torch.cat([first, first + 10]))
+        assert torch.equal(gradient, 3 * 2 * (first + 10 * rank))

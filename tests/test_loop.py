@@ -1,0 +1,142 @@
+"""The loop: resume to the last bit, masked steps, what is recorded."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modicum import loop
+from modicum.data.stream import Batch
+from modicum.errors import InputError, Interrupted, Preempted
+from modicum.hardware import Hardware
+from modicum.loop import Training
+from modicum.method import Loss, Method
+from modicum.optim import SCHEDULES
+from modicum.randomness import generator
+from modicum.record import Metrics
+
+STEPS = 23
+
+
+class Line(Method):
+    """Fits a line through dropout, so that every source of randomness and state takes part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.student = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.3), nn.BatchNorm1d(8), nn.Linear(8, 1))
+
+    def forward(self, batch: Batch) -> Loss:
+        x: Tensor = batch["x"]  # type: ignore[assignment]
+        error = (self.student(x) - x.sum(dim=1, keepdim=True)).square().mean()
+        return Loss(error, {"error": error})
+
+
+def training(folder: Path, at: Any = None) -> Training:
+    folder.mkdir(exist_ok=True)
+    method = Line()
+
+    def batch(step: int) -> dict[str, Tensor]:
+        if at is not None:
+            at(step)
+        return {"x": torch.randn(16, 4, generator=generator(0, step))}
+
+    groups: list[dict[str, object]] = [{"params": list(method.parameters()), "weight_decay": 0.0, "scale": 1.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    hardware = Hardware(torch.device("cpu"), "fp32", 1)
+    return Training(
+        "line", method, batch, optimizer, SCHEDULES["cosine"], STEPS, 16, folder, hardware, seed=0, log_every=5  # type: ignore[arg-type]
+    )
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    def compare(a: Any, b: Any, path: str) -> None:
+        if isinstance(a, Tensor):
+            assert torch.equal(a, b), path
+        elif isinstance(a, dict):
+            assert a.keys() == b.keys(), path
+            for key in a:
+                compare(a[key], b[key], f"{path}.{key}")
+        elif isinstance(a, list | tuple):
+            for number, (left, right) in enumerate(zip(a, b, strict=True)):
+                compare(left, right, f"{path}[{number}]")
+        else:
+            assert a == b, path
+
+    compare(*(torch.load(folder / "state.pt", weights_only=True) for folder in (one, other)), "state")
+    assert (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Preempted), (signal.SIGINT, Interrupted)])
+@pytest.mark.parametrize("stop_at", [0, 7, 14])
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(tmp_path: Path, stop_at: int, number: int, kind: type[Exception]) -> None:
+    training(tmp_path / "whole").run()
+    with pytest.raises(kind, match=f"step {stop_at + 1} of {STEPS}"):
+        training(tmp_path / "stopped", lambda step: os.kill(os.getpid(), number) if step == stop_at else None).run()
+    training(tmp_path / "stopped").run()
+    assert_same_state(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_crash_between_two_saves_loses_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training(tmp_path / "whole").run()
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1)  # saves after every step
+
+    def crash(step: int) -> None:
+        if step == 12:
+            raise RuntimeError("the power is cut")
+
+    with pytest.raises(RuntimeError, match="power"):
+        training(tmp_path / "crashed", crash).run()
+    training(tmp_path / "crashed").run()
+    assert_same_state(tmp_path / "whole", tmp_path / "crashed")
+
+
+def test_a_resumed_run_keeps_its_precision_and_threads(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        training(tmp_path, lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None).run()
+    again = training(tmp_path)
+    again.hardware = Hardware(torch.device("cpu"), "bf16", 2)
+    again.run()
+    assert (again.hardware.precision, again.hardware.threads) == ("fp32", 1)
+
+
+def test_metrics_hold_means_over_the_log_interval(tmp_path: Path) -> None:
+    training(tmp_path).run()
+    rows = Metrics.read(tmp_path / "metrics.csv")
+    assert sorted({step for step, _, _ in rows}) == [5, 10, 15, 20, 23]
+    assert {name for _, name, _ in rows} == {"loss", "loss/error", "lr"}
+
+
+def test_a_step_without_finite_gradient_is_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = training(tmp_path)
+    healthy = run.batch
+
+    def with_one_overflow(step: int) -> Any:
+        return {"x": healthy(step)["x"] * (1e30 if step == 11 else 1)}
+
+    run.batch = with_one_overflow
+    for module in run.method.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.track_running_stats = False  # it would keep the overflow
+    run.run()
+    assert "20% of the last steps up to 15" in capsys.readouterr().err
+    assert all(torch.isfinite(parameter).all() for parameter in run.method.parameters())
+
+
+def test_a_run_that_diverged_stops_with_advice(tmp_path: Path) -> None:
+    run = training(tmp_path)
+    run.batch = lambda step: {"x": torch.full((16, 4), float("nan"))}  # type: ignore[dict-item]
+    with pytest.raises(InputError, match="Lower the learning rate"):
+        run.run()
+
+
+def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+    training(tmp_path).run()
+    (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:100])
+    with pytest.raises(InputError, match=r"state\.pt cannot be read"):
+        training(tmp_path).run()

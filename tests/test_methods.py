@@ -1,0 +1,179 @@
+"""The one conformance test: every method that lies in a methods folder, with every teacher it takes."""
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from modicum.config import BackboneSettings, OptimizerSettings, TeacherSettings
+from modicum.method import Facts, Method, Progress, find_method, method_names, settings_model
+from modicum.networks import create_backbone
+from modicum.optim import build_optimizer, parameter_groups
+from modicum.teacher import Teacher
+from modicum.views.policies import build_policy
+
+SIZE, CLASSES, BATCH, STEPS = 16, 10, 16, 100
+VIEW = {"image_size": SIZE, "channels": 1, "mirror": False, "mean": [0.5], "std": [0.25]}
+
+
+class FrozenSample:
+    """The views of one batch, always the same, as leaves that show which of them a gradient reaches."""
+
+    def __init__(self, policies: list[str], size: int, device: str = "cpu") -> None:
+        make = torch.Generator().manual_seed(size)
+        pixels = torch.randint(0, 256, (size, 1, SIZE, SIZE), generator=make, dtype=torch.uint8).to(device)
+        self.views = []
+        for name in policies:
+            policy = build_policy({"name": name}, **VIEW)
+            self.views.append(policy(pixels, policy.draw(make, size)).requires_grad_())
+        self.labels = (torch.arange(size) % CLASSES).to(device)
+        self.rows = torch.arange(size, device=device)
+
+    def view(self, number: int, order: Tensor | None = None) -> Tensor:
+        return self.views[number] if order is None else self.views[number][order]
+
+    def permutation(self) -> Tensor:
+        return torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(0))
+
+
+def variants() -> list[tuple[str, str, dict[str, Any]]]:
+    """Every method under its own defaults and with every teacher norm that it accepts."""
+    found: list[tuple[str, str, dict[str, Any]]] = []
+    for stage in ("pretrain", "finetune"):
+        for name in method_names(stage):
+            model = settings_model(find_method(stage, name))
+            fields = model.model_fields
+            easy = {"threshold": 0.05} if "threshold" in fields else {}  # random weights are never sure of anything
+            if "teacher" not in fields:
+                found.append((stage, name, easy))
+                continue
+            norms = ["bn", "eman"] if stage == "finetune" else ["bn", "shuffle_bn", "eman"]
+            found += [(stage, name, easy | {"teacher": {"norm": norm, "groups": 2} if norm == "shuffle_bn" else {"norm": norm}}) for norm in norms]
+            if "none" in get_args(get_args(fields["teacher"].annotation)[-1] if get_args(fields["teacher"].annotation) else None):
+                found.append((stage, name, easy | {"teacher": "none"}))
+    return found
+
+
+VARIANTS = variants()
+every_variant = pytest.mark.parametrize(("stage", "name", "settings"), VARIANTS, ids=[f"{n}-{s.get('teacher', '')}" for _, n, s in VARIANTS])
+
+
+def build(stage: str, name: str, settings: dict[str, Any]) -> Method:
+    facts = Facts(num_images=64, num_classes=CLASSES, image_size=SIZE, steps=STEPS, batch_size=BATCH, ema_momentum=0.9)
+    kind = find_method(stage, name)
+    resolved = settings_model(kind)(**settings).model_dump()
+    for key, (value, _) in kind.decide(resolved, facts).items():
+        *parents, last = key.split(".")
+        section = resolved
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+    backbone = create_backbone(BackboneSettings(), 1, SIZE, seed=0)
+    return kind.from_settings(backbone, facts, 0, resolved)
+
+
+def batch_for(method: Method, device: str = "cpu") -> dict[str, FrozenSample]:
+    sizes = {"labelled": BATCH, "unlabelled": 2 * BATCH}
+    return {stream: FrozenSample(list(policies), sizes[stream], device) for stream, policies in method.views.items()}
+
+
+def optimizer_for(method: Method) -> torch.optim.Optimizer:
+    settings = OptimizerSettings(name="sgd", lr=0.02, weight_decay=0.0, nesterov=False)
+    return build_optimizer(settings, parameter_groups([(method, 1.0)], 0.0))
+
+
+def step(method: Method, optimizer: torch.optim.Optimizer, batch: dict[str, FrozenSample], number: int) -> Tensor:
+    method.progress = Progress(number, STEPS)
+    loss = method(batch)
+    optimizer.zero_grad()
+    loss.total.backward()
+    optimizer.step()
+    method.after_step(Progress(number + 1, STEPS))
+    return loss.total.detach()
+
+
+@every_variant
+def test_loss_is_finite_and_its_gradient_reaches_the_views_it_should(stage: str, name: str, settings: dict[str, Any]) -> None:
+    method = build(stage, name, settings)
+    batch = batch_for(method)
+    loss = method(batch)
+    assert loss.total.ndim == 0
+    assert torch.isfinite(loss.total)
+    assert all(part.ndim == 0 and part > 0 for part in loss.parts.values()), loss.parts
+    loss.total.backward()
+    for stream, sample in batch.items():
+        for number, view in enumerate(sample.views):
+            reached = view.grad is not None and bool(view.grad.flatten(1).abs().sum(dim=1).all())
+            assert reached == (number not in method.target_views.get(stream, ())), f"{stream} view {number}"
+    assert any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in method.student.parameters())
+
+
+@every_variant
+def test_every_part_has_a_gradient_of_its_own(stage: str, name: str, settings: dict[str, Any]) -> None:
+    method = build(stage, name, settings)
+    parts = method(batch_for(method)).parts
+    trainable = [parameter for parameter in method.student.parameters() if parameter.requires_grad]
+    for part in parts.values():
+        gradients = torch.autograd.grad(part, trainable, retain_graph=True, allow_unused=True)
+        assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+
+
+@every_variant
+def test_the_teacher_gets_no_gradient_and_follows_the_student(stage: str, name: str, settings: dict[str, Any]) -> None:
+    method = build(stage, name, settings)
+    teachers = [module for module in method.modules() if isinstance(module, Teacher)]
+    assert len(teachers) == (1 if stage == "finetune" or "teacher" in settings else 0)
+    before = [[parameter.clone() for parameter in teacher.parameters()] for teacher in teachers]
+    step(method, optimizer_for(method), batch_for(method), 0)
+    for teacher, old in zip(teachers, before, strict=True):
+        assert all(parameter.grad is None and not parameter.requires_grad for parameter in teacher.parameters())
+        assert any(not torch.equal(parameter, was) for parameter, was in zip(teacher.parameters(), old, strict=True))
+
+
+@every_variant
+def test_twenty_steps_on_one_batch_lower_the_loss(stage: str, name: str, settings: dict[str, Any]) -> None:
+    method = build(stage, name, settings)
+    optimizer, batch = optimizer_for(method), batch_for(method)
+    if hasattr(method, "queue"):  # a queue that fills with the same keys is another task every step
+        method.queue.enqueue = lambda keys: None
+    losses = [float(step(method, optimizer, batch, 0)) for _ in range(20)]  # always step 0: ramps stand still
+    assert losses[-1] < losses[0], losses
+
+
+@every_variant
+def test_a_loaded_state_continues_with_the_same_loss(stage: str, name: str, settings: dict[str, Any], tmp_path: Any) -> None:
+    method = build(stage, name, settings)
+    optimizer, batch = optimizer_for(method), batch_for(method)
+    for number in range(3):
+        step(method, optimizer, batch, number)
+    torch.save({"method": method.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    expected = [step(method, optimizer, batch, number) for number in (3, 4)]
+
+    again = build(stage, name, settings)
+    other = optimizer_for(again)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    again.load_state_dict(state["method"])
+    other.load_state_dict(state["optimizer"])
+    for number, loss in zip((3, 4), expected, strict=True):
+        assert torch.equal(step(again, other, batch, number), loss)
+
+
+@every_variant
+def test_a_whole_step_runs_on_the_meta_device(stage: str, name: str, settings: dict[str, Any]) -> None:
+    """A tensor made on the wrong device, `.item()` or another read of device memory raises there: the step is ready for a GPU."""
+    method = build(stage, name, settings).to("meta")
+    loss = step(method, optimizer_for(method), batch_for(method, "meta"), 0)
+    assert loss.device.type == "meta"
+
+
+@pytest.mark.parametrize(("stage", "name"), [(stage, name) for stage in ("pretrain", "finetune") for name in method_names(stage)])
+def test_settings_are_documented(stage: str, name: str) -> None:
+    method = find_method(stage, name)
+    assert "arXiv:" in __import__(method.__module__, fromlist=["_"]).__doc__ or name == "supervised"
+    for key, field in settings_model(method).model_fields.items():
+        assert field.description, f"{name}.{key} has no meaning"
+
+
+def test_teacher_settings_of_stage_one_include_eman() -> None:
+    assert "eman" in get_args(TeacherSettings.model_fields["norm"].annotation)

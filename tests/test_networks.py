@@ -1,0 +1,123 @@
+"""Backbones by name, stems for small images, and their way out of the house and back."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from modicum.checkpoint import Preprocessing, load_backbone, load_classifier, save_backbone, save_classifier
+from modicum.config import BackboneSettings, Experiment
+from modicum.errors import InputError
+from modicum.exchange import initial_backbone
+from modicum.networks import Classifier, create_backbone
+
+CASES = [("resnet10_small", 16, 1), ("resnet18", 28, 1), ("resnet18", 64, 3), ("vit_tiny_patch16_224", 32, 3), ("mobilenetv3_small_050", 96, 3)]
+
+
+def images(count: int, channels: int, size: int) -> torch.Tensor:
+    return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def preprocessing(channels: int, size: int) -> Preprocessing:
+    return Preprocessing(size, channels, (0.5,) * channels, (0.25,) * channels)
+
+
+@pytest.mark.parametrize(("name", "size", "channels"), CASES)
+def test_backbones_give_features_of_the_stated_size(name: str, size: int, channels: int) -> None:
+    backbone = create_backbone(BackboneSettings(name=name), channels, size, seed=0)
+    assert backbone(images(2, channels, size)).shape == (2, backbone.num_features)
+
+
+def test_small_images_keep_their_resolution_in_the_stem() -> None:
+    small = create_backbone(BackboneSettings(name="resnet18"), 3, 32, seed=0).network
+    large = create_backbone(BackboneSettings(name="resnet18"), 3, 224, seed=0).network
+    assert small.conv1(images(1, 3, 32)).shape[-1] == 32
+    assert large.conv1(images(1, 3, 224)).shape[-1] == 112
+
+
+def test_the_seed_alone_draws_the_weights() -> None:
+    torch.manual_seed(5)
+    weights = [create_backbone(BackboneSettings(), 1, 16, seed).network.conv1.weight for seed in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_an_unknown_architecture_and_an_unknown_stem_are_refused() -> None:
+    with pytest.raises(InputError, match="did you mean resnet18"):
+        create_backbone(BackboneSettings(name="resnet19"), 3, 32, seed=0)
+    with pytest.raises(InputError, match=r"stem=standard"):
+        create_backbone(BackboneSettings(name="vgg11", stem="small"), 3, 32, seed=0)
+
+
+@pytest.mark.parametrize(("name", "size", "channels"), CASES)
+def test_the_readmes_lines_load_the_backbone_where_modicum_cannot_be_imported(tmp_path: Path, name: str, size: int, channels: int) -> None:
+    backbone = create_backbone(BackboneSettings(name=name), channels, size, seed=3).eval()
+    save_backbone(tmp_path, backbone, preprocessing(channels, size))
+    np.save(tmp_path / "images.npy", images(2, channels, size).numpy())
+    block = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "modicum" not in block
+    program = f"""
+import sys
+sys.modules["modicum"] = None  # an import of it raises
+{block}
+import numpy, torch
+found = next(value for value in list(globals().values()) if isinstance(value, torch.nn.Module))
+numpy.save("features.npy", found(torch.from_numpy(numpy.load("images.npy"))).detach().numpy())
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, env={"OMP_NUM_THREADS": "1", "PATH": ""})
+    expected = backbone(images(2, channels, size)).detach().numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "features.npy"), expected, atol=1e-5)
+
+
+def test_timm_loads_a_standard_backbone_by_itself(tmp_path: Path) -> None:
+    backbone = create_backbone(BackboneSettings(name="resnet10_small", stem="standard"), 1, 64, seed=3).eval()
+    save_backbone(tmp_path, backbone, preprocessing(1, 64))
+    network = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    torch.testing.assert_close(network(images(2, 1, 64)), backbone(images(2, 1, 64)))
+    assert network.pretrained_cfg["mean"] == [0.5]
+
+
+@pytest.mark.parametrize(("name", "size", "channels"), CASES)
+def test_backbone_and_classifier_come_back_as_they_went(tmp_path: Path, name: str, size: int, channels: int) -> None:
+    classifier = Classifier(create_backbone(BackboneSettings(name=name), channels, size, seed=3), 3).eval()
+    save_classifier(tmp_path, classifier, preprocessing(channels, size), ("a", "b", "<c>"))
+    again, how, names = load_classifier(tmp_path)
+    x = images(2, channels, size)
+    torch.testing.assert_close(again(x), classifier(x))
+    assert (how, names) == (preprocessing(channels, size), ("a", "b", "<c>"))
+    backbone, _ = load_backbone(tmp_path)
+    torch.testing.assert_close(backbone(x), classifier.backbone(x))
+
+
+def experiment(name: str = "resnet10_small") -> Experiment:
+    return Experiment.model_validate({"backbone": {"name": name}, "data": {"image_size": 16, "channels": 1}})
+
+
+@pytest.mark.parametrize("prefix", ["", "module.encoder_q.", "backbone."])
+def test_a_foreign_checkpoint_is_read_under_any_prefix(tmp_path: Path, prefix: str) -> None:
+    given = create_backbone(BackboneSettings(), 1, 16, seed=9)
+    state = {f"{prefix}{key}": value for key, value in given.network.state_dict().items()} | {"queue": torch.zeros(3)}
+    torch.save({"state_dict": state, "epoch": 7}, tmp_path / "their.pth")
+    backbone = initial_backbone(str(tmp_path / "their.pth"), experiment())
+    assert torch.equal(backbone.network.conv1.weight, given.network.conv1.weight)
+
+
+def test_a_checkpoint_without_the_backbone_is_refused_with_what_it_holds(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"visual.stem.weight": torch.zeros(3)}}, tmp_path / "their.pth")
+    with pytest.raises(InputError, match=r"visual\.stem\.weight"):
+        initial_backbone(str(tmp_path / "their.pth"), experiment())
+
+
+def test_a_backbone_that_does_not_fit_the_config_is_refused(tmp_path: Path) -> None:
+    save_backbone(tmp_path, create_backbone(BackboneSettings(), 1, 16, seed=0), preprocessing(1, 16))
+    with pytest.raises(InputError, match="does not fit the config"):
+        initial_backbone(str(tmp_path), experiment("resnet18"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config)[:-20])
+    with pytest.raises(InputError, match="cannot be read"):
+        initial_backbone(str(tmp_path), experiment())

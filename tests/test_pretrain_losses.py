@@ -1,0 +1,79 @@
+"""Stage one's losses against slow float64 references written from the papers' formulas, closed forms and numerical gradients."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modicum.pretrain.losses import info_nce, nt_xent, regression
+from modicum.pretrain.queue import Queue
+
+SIZES = [(2, 3, 5), (7, 4, 16), (16, 8, 33)]
+
+
+def unit(rows: int, columns: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=1)
+
+
+@pytest.mark.parametrize(("n", "d", "k"), SIZES)
+def test_info_nce_is_the_formula(n: int, d: int, k: int) -> None:
+    q, key, queue = unit(n, d, 1), unit(n, d, 2), unit(k, d, 3)
+    rows, keys, others = q.numpy(), key.numpy(), queue.numpy()
+    total = 0.0
+    for i in range(n):
+        positive = math.exp(rows[i] @ keys[i] / 0.2)
+        negatives = sum(math.exp(rows[i] @ others[j] / 0.2) for j in range(k))
+        total -= math.log(positive / (positive + negatives))
+    assert info_nce(q, key, queue, 0.2).item() == pytest.approx(total / n, abs=1e-9)
+    torch.autograd.gradcheck(lambda q: info_nce(q, key, queue, 0.2), q.requires_grad_())
+
+
+def test_info_nce_of_indistinguishable_keys_is_the_log_of_their_number() -> None:
+    q = unit(4, 8, 1)
+    assert info_nce(q[:1], q[:1], q[:1].repeat(9, 1), 0.07).item() == pytest.approx(math.log(10))
+
+
+@pytest.mark.parametrize(("n", "d", "k"), SIZES)
+def test_nt_xent_is_the_formula(n: int, d: int, k: int) -> None:
+    first, second = unit(n, d, 1), unit(n, d, 2)
+    z = np.concatenate([first.numpy(), second.numpy()])
+    total = 0.0
+    for i in range(2 * n):
+        partner = (i + n) % (2 * n)
+        below = sum(math.exp(z[i] @ z[j] / 0.5) for j in range(2 * n) if j != i)
+        total -= math.log(math.exp(z[i] @ z[partner] / 0.5) / below)
+    assert nt_xent(first, second, first, second, 0, 0.5).item() == pytest.approx(total / (2 * n), abs=1e-9)
+    torch.autograd.gradcheck(lambda a: nt_xent(a, second, a, second, 0, 0.5), first.requires_grad_())
+
+
+def test_nt_xent_of_two_halves_is_that_of_the_whole() -> None:
+    first, second = unit(8, 4, 1), unit(8, 4, 2)
+    halves = [nt_xent(first[part], second[part], first, second, part.start, 0.5) for part in (slice(0, 4), slice(4, 8))]
+    assert (sum(halves) / 2).item() == pytest.approx(nt_xent(first, second, first, second, 0, 0.5).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize(("n", "d", "k"), SIZES)
+def test_regression_is_the_squared_distance_of_unit_vectors(n: int, d: int, k: int) -> None:
+    p, z = 3 * unit(n, d, 1), 0.2 * unit(n, d, 2)
+    rows, targets = p.numpy(), z.numpy()
+    total = sum(np.sum((rows[i] / np.linalg.norm(rows[i]) - targets[i] / np.linalg.norm(targets[i])) ** 2) for i in range(n))
+    assert regression(p, z).item() == pytest.approx(total / n, abs=1e-9)
+    torch.autograd.gradcheck(lambda p: regression(p, z), p.requires_grad_())
+    assert regression(z, 5 * z).item() == pytest.approx(0, abs=1e-12)
+    assert regression(z, -z).item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 5, 7, 25])
+def test_queue_wraps_at_any_batch_size(batch: int) -> None:
+    queue, expected, pointer = Queue(7, 3, seed=0), None, 0
+    expected = queue.keys.clone()
+    for step in range(6):
+        keys = unit(batch, 3, 10 + step).float()
+        queue.enqueue(keys)
+        for row in keys[-7:]:
+            expected[pointer] = row
+            pointer = (pointer + 1) % 7
+        assert torch.equal(queue.keys, expected)
+        assert int(queue.pointer) == pointer

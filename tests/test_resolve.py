@@ -1,0 +1,67 @@
+"""Every `auto` becomes a number with a reason; what cannot be is refused before anything is made."""
+
+import pytest
+
+from modicum.config import AUTO, Experiment, flatten, load_experiment
+from modicum.data.images import Images
+from modicum.data.sources import load_images
+from modicum.errors import InputError
+from modicum.resolve import Reason, resolve
+
+
+@pytest.fixture(scope="module")
+def digits() -> Images:
+    return load_images(load_experiment("digits").data)
+
+
+def resolved(digits: Images, *overrides: str) -> tuple[Experiment, dict[str, Reason]]:
+    experiment, reasons = resolve(load_experiment("digits", overrides), digits)
+    return experiment, {reason.key: reason for reason in reasons}
+
+
+def test_nothing_stays_auto_but_what_depends_on_the_machine(digits: Images) -> None:
+    experiment, reasons = resolved(digits)
+    left = {key for key, value in flatten(experiment.model_dump()).items() if value == AUTO}
+    assert left <= {"device", "precision", "backbone.stem", "data.test_fraction", "pretrain.method.teacher.groups", "finetune.method.teacher.groups"}
+    assert all(reason.why for reason in reasons.values())
+
+
+def test_resolving_again_changes_nothing(digits: Images) -> None:
+    experiment, _ = resolved(digits)
+    assert resolve(experiment, digits) == (experiment, [])
+
+
+def test_the_paper_holds_where_it_fits_and_the_largest_that_does_elsewhere(digits: Images) -> None:
+    experiment, reasons = resolved(digits, "pretrain.method=moco_v2")
+    size = experiment.pretrain.method["queue_size"]
+    assert size < 1347 / 2 < 2 * size
+    assert "65536" in reasons["pretrain.method.queue_size"].why
+
+
+def test_the_learning_rate_is_scaled_to_the_batch_and_shown_as_a_number(digits: Images) -> None:
+    experiment, _ = resolved(digits, "pretrain.method=simclr", "pretrain.optimizer={}", "pretrain.batch_size=128")
+    assert (experiment.pretrain.optimizer.name, experiment.pretrain.optimizer.lr) == ("lars", pytest.approx(0.15))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("pretrain.method=mocov2", "unknown method 'mocov2': did you mean 'moco_v2'"),
+        ("pretrain.method.temprature=1", "unknown key 'pretrain.method.temprature': did you mean 'temperature'"),
+        ("pretrain.method.temperature=-1", "pretrain.method.temperature = -1 is not possible"),
+        ("pretrain.method.queue_size=100000", "queue_size = 100000 is larger than the data set of 1347 images"),
+        ("pretrain.method.teacher={norm: shuffle_bn, groups: 1}", "changes nothing"),
+        ("pretrain.method.teacher={norm: shuffle_bn, groups: 7}", "does not divide"),
+        ("pretrain.batch_size=5000", "batch_size = 5000 is larger than the 1347 training images"),
+        ("pretrain.views=simclr/simclr/simclr", "names 3 policies, but moco_v2 takes 2 views"),
+        ("pretrain.views={name: simclr, crop_scal: [0.1, 1]}", "crop_scale"),
+        ("finetune.method.teacher={norm: shuffle_bn}", "no use in stage two"),
+        ("finetune.method={name: fixmatch, weak_in_batch: true, teacher: {norm: eman}}", "weak_in_batch"),
+        ("finetune.method.threshold=1.5", "threshold = 1.5 is not possible"),
+        ("backbone.name=resnet19", "did you mean resnet18"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_sentence(digits: Images, override: str, sentence: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        resolved(digits, override)
+    assert sentence in str(refusal.value)
