@@ -1,0 +1,1 @@
+"""Stage three: what the backbone and the classifier are worth, measured once on the test images."""

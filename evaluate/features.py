@@ -1,0 +1,94 @@
+"""Every image through every frozen network once; all figures of the stage are computed from the features kept here."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from modicum.checkpoint import Preprocessing
+from modicum.evaluate.files import read_tensor, write_tensor
+from modicum.hardware import Hardware
+from modicum.record import progress
+
+LARGEST_RAW = 64  # pixels a side above which raw pixels are pooled
+POOLED = 32
+
+
+def prepare(pixels: torch.Tensor, preprocessing: Preprocessing, device: torch.device) -> torch.Tensor:
+    """uint8 (B, C, S, S) -> normalised float32 on `device`, channels last."""
+    images = pixels.to(device).float().div_(255)
+    shape = (1, -1, 1, 1)
+    mean = torch.tensor(preprocessing.mean, device=device).view(shape)
+    std = torch.tensor(preprocessing.std, device=device).view(shape)
+    return images.sub_(mean).div_(std).contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def extract(
+    network: nn.Module, pixels: torch.Tensor, preprocessing: Preprocessing, hardware: Hardware, batch_size: int, description: str
+) -> torch.Tensor:
+    """Outputs float32 (N, D) on the CPU of `network`, in evaluation mode, for `pixels` uint8 (N, C, S, S)."""
+    network = network.to(hardware.device).to(memory_format=torch.channels_last).eval()
+    outputs = []
+    with progress(description, len(pixels)) as advance:
+        for start in range(0, len(pixels), batch_size):
+            batch = prepare(pixels[start : start + batch_size], preprocessing, hardware.device)
+            with hardware.autocast():
+                output = network(batch)
+            outputs.append(output.float().cpu())
+            advance(len(batch))
+    return torch.cat(outputs)
+
+
+@torch.inference_mode()
+def apply_head(head: nn.Module, features: torch.Tensor, hardware: Hardware) -> np.ndarray:
+    """Logits float32 (N, C), from features (N, D): in fp32, since the head costs nothing."""
+    return head.to(hardware.device).eval()(features.to(hardware.device)).float().cpu().numpy()
+
+
+def raw_pixels(pixels: torch.Tensor) -> tuple[np.ndarray, str]:
+    """Pixels as features float32 (N, D) in 0..1, and the words for it; large images are averaged down to 32 pixels a side."""
+    if pixels.shape[-1] <= LARGEST_RAW:
+        return pixels.flatten(1).float().div_(255).numpy(), ""
+    parts = [functional.adaptive_avg_pool2d(part.float().div_(255), POOLED).flatten(1) for part in pixels.split(1024)]
+    return torch.cat(parts).numpy(), f"Raw pixels were averaged down from {pixels.shape[-1]} to {POOLED} pixels a side."
+
+
+def pixels_fingerprint(pixels: torch.Tensor) -> str:
+    digest = hashlib.sha256(repr(tuple(pixels.shape)).encode())
+    for part in pixels.split(4096):
+        digest.update(part.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def weights_fingerprint(network: nn.Module) -> str:
+    """Of all parameters and buffers; equal weights give equal features, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class FeatureStore:
+    """Features by name under `folder`, computed at most once per (weights, images, preprocessing, precision)."""
+
+    def __init__(self, folder: Path, hardware: Hardware, batch_size: int) -> None:
+        self.folder, self.hardware, self.batch_size = folder, hardware, batch_size
+        self._pixels: dict[int, str] = {}
+
+    def features(self, name: str, network: nn.Module, preprocessing: Preprocessing, pixels: torch.Tensor) -> torch.Tensor:
+        """float32 (N, D) for `pixels` uint8 (N, C, S, S), from `folder`/`name`.safetensors if it holds just these."""
+        images = self._pixels.setdefault(id(pixels), "") or pixels_fingerprint(pixels)
+        self._pixels[id(pixels)] = images
+        identity = (weights_fingerprint(network), images, repr(preprocessing), self.hardware.precision)
+        fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
+        path = self.folder / f"{name}.safetensors"
+        kept = read_tensor(path, "features", fingerprint)
+        if kept is None:
+            kept = extract(network, pixels, preprocessing, self.hardware, self.batch_size, f"features ({name})")
+            write_tensor(path, "features", kept, fingerprint)
+        return kept

@@ -1,0 +1,110 @@
+"""Learning curves from the stages' metrics.csv: charts of what they hold, none of what they lack."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from modicum.evaluate.report.charts import Series, line_chart
+from modicum.record import Metrics
+
+Curves = dict[str, list[tuple[float, float]]]
+BASELINES = {"random": "supervised, random weights", "pretrained": "supervised, backbone", "all_labels": "supervised, all labels"}
+PSEUDO_LABELS = {
+    "share_above_threshold": "share that counts",
+    "pseudo_label_accuracy": "right, of all",
+    "pseudo_label_accuracy_above_threshold": "right, of those that count",
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    note: str
+    drawing: Markup
+
+
+def read_curves(path: Path, scale: float = 1.0) -> Curves:
+    """Name -> [(step * scale, value)]; empty where there is no file. NaN, which no chart can show, is left out."""
+    curves: Curves = defaultdict(list)
+    if path.is_file():
+        for step, name, value in Metrics.read(path):
+            if value == value and abs(value) != float("inf"):
+                curves[name].append((step * scale, value))
+    return curves
+
+
+def learning_charts(folder: Path, settings: dict[str, Any], *, pretrained: bool) -> list[Chart]:
+    """All charts of stages one (if the run has one) and two that the run folder has the figures for."""
+    charts = _stage_one(folder, settings) if pretrained else []
+    charts += _stage_two(folder)
+    return [chart for chart in charts if chart.drawing]
+
+
+def _stage_one(folder: Path, settings: dict[str, Any]) -> list[Chart]:
+    curves = read_curves(folder / "pretrain" / "metrics.csv")
+    if not curves:
+        return []
+    last = max(step for points in curves.values() for step, _ in points)
+    curves = read_curves(folder / "pretrain" / "metrics.csv", settings["pretrain"]["epochs"] / max(last, 1))
+    knn = [Series("online kNN", curves.get("knn", []), 0, dots=True)]
+    return [
+        Chart("Pretraining: loss", "What stage one minimises, without any label.", _losses(curves, "epochs")),
+        Chart(
+            "Pretraining: online kNN, %",
+            "How often the nearest training images are of the same class, while it learns. Watched only: no label enters training.",
+            line_chart(knn, "epochs", share=True, label="Online kNN accuracy over epochs"),
+        ),
+    ]
+
+
+def _stage_two(folder: Path) -> list[Chart]:
+    curves = read_curves(folder / "finetune" / "metrics.csv")
+    audit = [Series(words, curves.get(name, []), at) for at, (name, words) in enumerate(PSEUDO_LABELS.items())]
+    validation = [Series("this run", curves.get("validation_accuracy", []), 0, dots=True)]
+    for at, (name, words) in enumerate(BASELINES.items(), start=1):
+        baseline = read_curves(folder / "finetune" / "baselines" / name / "metrics.csv")
+        validation.append(Series(words, baseline.get("validation_accuracy", []), at, dashed=True))
+    return [
+        Chart("Fine-tuning: loss", "What stage two minimises.", _losses(curves, "steps")),
+        Chart(
+            "Fine-tuning: pseudo-labels, %",
+            "The classifier's own guesses on unlabelled images. Where the truth is known it audits them here; it never reaches a loss.",
+            line_chart(audit, "steps", share=True, label="Pseudo-labels over steps"),
+        ),
+        Chart(
+            "Fine-tuning: validation accuracy, %",
+            "On the labels held out to watch training.",
+            line_chart(validation, "steps", share=True, label="Validation accuracy over steps"),
+        ),
+    ]
+
+
+def _losses(curves: Curves, x_name: str) -> Markup:
+    """The total, and its parts where there are several of them."""
+    parts = [name for name in curves if name.startswith("loss/")]
+    series = [Series("total", curves.get("loss", []), 0)]
+    if len(parts) > 1:
+        words = [name.removeprefix("loss/").replace("_", " ") for name in parts]
+        series += [Series(word, curves[name], 1 + at % 5, dashed=True) for at, (name, word) in enumerate(zip(parts, words, strict=True))]
+    return line_chart(series, x_name, share=False, label="Loss over time")
+
+
+FEATURES = {"finetuned": "fine-tuned backbone", "pretrained": "pretrained backbone", "random": "random encoder", "pixels": "raw pixels"}
+
+
+def knn_charts(results: dict[str, Any]) -> list[Chart]:
+    """kNN accuracy over k, a chart a bank."""
+    charts = []
+    rows = [row for row in results["rows"] if row["protocol"] == "knn"]
+    for bank in sorted({row["labels"] for row in rows}):
+        series = []
+        for at, (features, words) in enumerate(FEATURES.items()):
+            points = [(row["k"], row["top1"]) for row in rows if row["labels"] == bank and row["features"] == features]
+            series.append(Series(words, sorted(points), at, dashed=features in ("random", "pixels"), dots=True))
+        whole = "all " if bank == results["images"]["all_labels"] else "the run's "
+        drawing = line_chart(series, "k, the neighbours that vote", share=True, log_x=True, label=f"kNN accuracy over k, {bank} labels")
+        charts.append(Chart(f"kNN among {whole}{bank:,} labels, %", "", drawing))
+    return charts

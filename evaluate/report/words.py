@@ -1,0 +1,109 @@
+"""What the figures mean, in sentences."""
+
+from typing import Any
+
+from modicum.evaluate.table import FEATURES, lines, percent, spelt
+
+OVER = {
+    "random": "the same network, trained on the same labels alone from random weights",
+    "pretrained": "the same network, trained on the same labels alone from the same backbone",
+    "all_labels": "the same network with all {known:,} labels",
+}
+
+
+def headline(results: dict[str, Any]) -> list[str]:
+    """What the headline says and what it does not."""
+    head, images = results["headline"], results["images"]
+    a_class = head["labels"] / max(1, len(results["class_names"]))
+    told = f"{head['labels']:,} images" + (f" ({a_class:.0f} a class)" if a_class >= 1 and a_class == int(a_class) else "")
+    if head["accuracy"] is None:
+        if not images["test"]:
+            return ["There are no test images, so nobody can say how often this classifier is right.", *_probe(results)]
+        return ["There is no classifier to judge yet; below is what the features are worth."]
+    low, high = head["interval"]
+    right = round(head["accuracy"] * images["test"])
+    sentences = [
+        f"Of {images['test']:,} test images, which no stage of training has seen, the classifier names {right:,} rightly, "
+        f"after being told the class of {told}.",
+    ]
+    if low < high:
+        luck = "seed" if head["labels"] == images["all_labels"] else f"draw of the {head['labels']:,} labels"
+        sentences.append(
+            f"Another {images['test']:,} images like these would give between {percent(low, unit=False)} and {percent(high)} "
+            f"in 95 of 100 cases. Another {luck} moves the figure too; "
+            "the command “modicum sweep” shows how far."
+        )
+    return sentences
+
+
+def _probe(results: dict[str, Any]) -> list[str]:
+    """Without test images: what can be said all the same."""
+    row = next((row for row in results["rows"] if row["protocol"] == "linear_cross_validated"), None)
+    if row is None:
+        return []
+    return [
+        f"What can be said: a linear probe on {FEATURES[row['features']]}, cross-validated on the labels ({row['folds']}-fold), "
+        f"rightly names {percent(row['top1'])} of the labelled images that were held out from it."
+    ]
+
+
+def gains(results: dict[str, Any]) -> list[str]:
+    """The headline against each supervised run of the same network: better, worse, or not to be told apart."""
+    sentences = []
+    for name, gain in results["gains"].items():
+        over = OVER[name].format(known=results["images"]["all_labels"])
+        points, low, high = (100 * gain[key] for key in ("difference", "low", "high"))
+        if low > 0:
+            sentences.append(f"{points:.1f} points above {over} ({low:.1f} to {high:.1f}).")
+        elif high < 0:
+            sentences.append(f"{-points:.1f} points below {over} ({-high:.1f} to {-low:.1f}).")
+        else:
+            sentences.append(f"Not to be told apart from {over} (difference {_signed(points)} points, {_signed(low)} to {_signed(high)}).")
+    return sentences + better(results)
+
+
+def _signed(points: float) -> str:
+    return f"{points:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def better(results: dict[str, Any]) -> list[str]:
+    """What does better than the headline with the same labels is said beside it, not left for the reader to find."""
+    head = results["headline"]["accuracy"]
+    if head is None:
+        return []
+    above = [(line.few.top1, line.what) for line in lines(results) if not line.headline and line.few and line.few.top1 > head]
+    return [f"With the same labels, {what} reaches more: {percent(top1)}." for top1, what in sorted(above, reverse=True)[:1]]
+
+
+def facts(results: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """(name, value) of what the run was made with."""
+    images, pixels = results["images"], results["pixels"]
+    one, two = settings["pretrain"], settings["finetune"]
+    versions = dict(results["versions"])
+    commit, modified = versions.pop("commit", None), versions.pop("modified", False)
+    grey = "grey" if pixels["channels"] == 1 else "colour"
+    stage_one = {
+        "pretrain": f"{spelt(results['methods']['pretrain'])}, {one['epochs']:g} epochs, {one['batch_size']} images a step",
+        "random": "none: random weights",
+        "backbone": f"none: the backbone {two['init']}",
+    }[results["init"]]
+    listed = [
+        ("Data", f"{results['dataset']}: {images['train']:,} training and {images['test']:,} test images, {pixels['size']} pixels, {grey}"),
+        ("Labels used", f"{images['labelled']:,} of {images['all_labels']:,} known, draw {results['label_seed']}"),
+        ("Seeds", f"seed {results['seed']}, labels {results['label_seed']}, split {results['split_seed']}"),
+        ("Backbone", results["backbone"]),
+        ("Stage one", stage_one),
+        ("Stage two", f"{spelt(results['methods']['finetune'])}, {two['steps']:,} steps, {two['batch_size']} labelled images a step"),
+        ("kNN", f"cosine similarity, votes exp(similarity / {results['knn']['temperature']:g})"),
+        ("Linear probe", "logistic regression on standardised features, regularisation chosen on the labels"),
+        ("Computed on", results["hardware"]),
+        ("Evaluation took", f"{results['seconds']:.0f} s"),
+        ("Versions", ", ".join(f"{name} {number}" for name, number in versions.items() if isinstance(number, str))),
+        ("Commit", commit + (", with changes that were not committed" if modified else "") if commit else ""),
+    ]
+    return [(name, value) for name, value in listed if value]
+
+
+def plain(text: str) -> str:
+    """A text from the data on one line of Markdown: nothing in it is taken for markup."""
+    return "".join(f"\\{letter}" if letter in "\\`*_[]<>|#" else letter for letter in " ".join(text.split()))

@@ -1,0 +1,1 @@
+"""The stages chained: `modicum run`, `modicum sweep`, and the same as plain shell."""

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Fashion-MNIST at four label counts: pretrains once, then fine-tunes and evaluates from that backbone in a run folder each.
+#
+# Usage: [RUNS=DIR] pipelines/fashion_mnist.sh [KEY=VALUE ...]     for example  RUNS=/data/runs pipelines/fashion_mnist.sh seed=1
+# The run folders are RUNS/fashion_mnist and RUNS/fashion_mnist-<labels>; RUNS is runs/ unless set.
+# The images come with `apt-get install dataset-fashion-mnist`, or are downloaded.
+# Goes on from where it was; a stage that is done is skipped.
+set -euo pipefail
+
+modicum=$(command -v modicum || echo .venv/bin/modicum)
+runs=${RUNS:-runs}
+
+"$modicum" pretrain fashion_mnist --run "$runs/fashion_mnist" "$@"
+
+for labels in 40 100 250 1000; do
+    start=(--run "$runs/fashion_mnist-$labels" --init "$runs/fashion_mnist/pretrain/backbone")
+    "$modicum" finetune fashion_mnist "${start[@]}" finetune.labels="$labels" "$@"
+    "$modicum" evaluate fashion_mnist "${start[@]}" finetune.labels="$labels" "$@"
+done

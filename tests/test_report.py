@@ -1,0 +1,306 @@
+"""Stage three on a run folder as stages one and two leave it: the files it writes, the table, the report."""
+
+import json
+import re
+import shlex
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from rich.console import Console
+from sklearn.datasets import load_digits
+
+from modicum.checkpoint import Preprocessing, save_backbone, save_classifier
+from modicum.config import Experiment, load_experiment
+from modicum.data.images import Images
+from modicum.evaluate.report import Pictures
+from modicum.evaluate.report.charts import Series, heat_map, line_chart, thin, ticks
+from modicum.evaluate.report.page import render
+from modicum.evaluate.run import run
+from modicum.evaluate.table import results_markdown, results_table
+from modicum.hardware import Hardware
+from modicum.networks import Classifier, create_backbone
+from modicum.run_folder import RunFolder
+
+EVIL = "<script>alert('x')</script>"
+SECTIONS = ["headline", "results", "learning", "knn", "errors", "gallery", "used", "repeat", "load"]
+SETTINGS = {
+    "data": {"name": "digits", "image_size": 8, "channels": 1, "mean": [0.3], "std": [0.3], "mirror": False},
+    "evaluate": {"bootstrap": 100, "gallery_queries": 4, "gallery_neighbours": 3, "linear": {"strengths": [0.01, 1.0]}},
+}
+
+
+class Page(HTMLParser):
+    """Collects what a browser would fetch or run, and the ids."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag not in {"meta", "img", "link", "br"}:
+            self.open.append(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(value)
+            if name in {"src", "href", "srcset", "data", "xlink:href", "action"} or name.startswith("on"):
+                self.sources.append(value)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def session_of(folder, splits, class_names, *, stages=("pretrain", "finetune"), init="pretrain"):
+    """A session on 300 digits with untrained networks in the places of the trained ones."""
+    pixels, labels = load_digits(return_X_y=True)
+    splits = np.asarray(splits)
+    pixels, labels = pixels[: len(splits)], labels[: len(splits)]
+    if not class_names:
+        labels = np.full(len(splits), -1)
+    paths = [f"digits/{at}&{EVIL if at == 0 else ''}.png" for at in range(len(splits))]
+    manifest = pd.DataFrame({"id": paths, "path": paths, "label": labels, "split": np.where(splits == "test", "test", "train")})
+    images = Images("digits", torch.from_numpy(pixels.reshape(-1, 1, 8, 8) * 15.9).byte(), manifest, class_names, False)
+    experiment = Experiment.model_validate({**SETTINGS, "finetune": {"labels": 40, "init": init}})
+    run_folder = RunFolder(folder)
+    backbone = create_backbone(experiment.backbone, 1, 8, seed=1)
+    preprocessing = Preprocessing.of(experiment.data)
+    for stage in ("pretrain", "finetune", "evaluate"):
+        run_folder.stage(stage).mkdir(parents=True)
+    if "pretrain" in stages:
+        save_backbone(run_folder.stage("pretrain") / "backbone", backbone, preprocessing)
+        rows = "".join(f"{step},{name},{1 / step}\n" for step in range(20, 800, 20) for name in ("loss", "knn", "lr"))
+        (run_folder.stage("pretrain") / "metrics.csv").write_text("step,name,value\n" + rows + "800,loss,nan\n")
+    if "finetune" in stages:
+        save_backbone(run_folder.stage("finetune") / "backbone", backbone, preprocessing)
+        for place in (".", "baselines/random", "baselines/all_labels"):
+            classifier = Classifier(backbone, len(class_names))
+            save_classifier(run_folder.stage("finetune") / place / "classifier", classifier, preprocessing, class_names)
+        text = "step,name,value\n20,share_above_threshold,0.5\n20,loss,1\n20,loss/labelled,1\n20,loss/unlabelled,0\n40,loss,0.5\n"
+        (run_folder.stage("finetune") / "metrics.csv").write_text(text)
+    table = manifest.assign(split=splits)
+    hardware = Hardware(torch.device("cpu"), "fp32", 1)
+    everything = {"name": "digits", "requested": experiment, "experiment": experiment, "images": images, "splits": table}
+    return SimpleNamespace(**everything, folder=run_folder, hardware=hardware)
+
+
+NAMES = (EVIL, *"123456789")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "one"
+    run(session_of(folder, ["labelled"] * 40 + ["unlabelled"] * 160 + ["test"] * 100, NAMES))
+    return folder, json.loads((folder / "evaluate" / "results.json").read_text())
+
+
+def test_results_hold_a_row_for_every_protocol_features_and_bank(finished):
+    _, results = finished
+    found = {(row["protocol"], row["features"], row["labels"]) for row in results["rows"]}
+    features = ("pretrained", "finetuned", "random", "pixels")
+    expected = {(protocol, name, labels) for protocol in ("knn", "linear") for name in features for labels in (40, 200)}
+    assert found == expected | {("finetuned", "finetuned", 40), ("supervised", "random", 40), ("supervised", "pretrained", 200)}
+    for row in results["rows"]:
+        assert 0 <= row["low"] <= row["top1"] <= row["high"] <= 1
+        assert row["top1"] <= row["top5"] <= 1
+        assert row["images"] == 100
+    ks = {labels: {row["k"] for row in results["rows"] if row["protocol"] == "knn" and row["labels"] == labels} for labels in (40, 200)}
+    assert ks == {40: {1, 5, 10, 20}, 200: {1, 5, 10, 20, 50, 100, 200}}
+    assert results["notes"] == ["kNN with k 50, 100, 200 left out: the bank holds 40 images."]
+
+
+def test_headline_is_the_classifier_on_the_test_images(finished):
+    folder, results = finished
+    [row] = [row for row in results["rows"] if row["protocol"] == "finetuned"]
+    assert results["headline"] == {"accuracy": row["top1"], "interval": [row["low"], row["high"]], "labels": 40}
+    confusion = pd.read_csv(folder / "evaluate" / "confusion.csv", index_col=0)
+    assert confusion.to_numpy().sum() == 100
+    assert np.trace(confusion.to_numpy()) / 100 == pytest.approx(row["top1"])
+    assert list(confusion.columns) == list(NAMES)
+    assert sum(entry["images"] for entry in results["per_class"]) == 100
+
+
+def test_results_csv_holds_the_same_rows(finished):
+    folder, results = finished
+    table = pd.read_csv(folder / "evaluate" / "results.csv", dtype={"k": "Int64"})
+    assert len(table) == len(results["rows"])
+    for row, (_, other) in zip(results["rows"], table.iterrows(), strict=True):
+        for key, value in row.items():
+            assert (value is None and pd.isna(other[key])) or other[key] == value
+
+
+def test_predictions_name_every_image_without_a_label_by_its_class_as_spelt(finished):
+    folder, _ = finished
+    table = pd.read_csv(folder / "evaluate" / "predictions.csv", dtype=str)
+    assert list(table.columns) == ["path", "class", "confidence"]
+    assert list(table["path"]) == [f"digits/{at}&.png" for at in range(40, 200)]
+    assert set(table["class"]) <= set(NAMES)
+
+
+def test_neighbours_of_test_images_are_training_images_nearest_first(finished):
+    folder, results = finished
+    table = pd.read_csv(folder / "evaluate" / "neighbours.csv")
+    assert len(table) == 100 * 3
+    assert set(table["features"]) == {"pretrained"} == {results["neighbours_features"]}
+    assert table["query_id"].str.extract(r"(\d+)")[0].astype(int).min() >= 200
+    assert table["neighbour_id"].str.extract(r"(\d+)")[0].astype(int).max() < 200
+    assert table.groupby("query_id")["similarity"].is_monotonic_decreasing.all()
+
+
+def test_evaluating_again_takes_the_features_from_the_disk_and_gives_the_same(finished, monkeypatch, tmp_path):
+    folder, results = finished
+    session = session_of(tmp_path / "again", ["labelled"] * 40 + ["unlabelled"] * 160 + ["test"] * 100, NAMES)
+    session.folder = RunFolder(folder)
+    monkeypatch.setattr("modicum.evaluate.features.extract", lambda *_: pytest.fail("extracted twice"))
+    run(session)
+    again = json.loads((folder / "evaluate" / "results.json").read_text())
+    assert again["rows"] == results["rows"]
+
+
+def check_page(text):
+    page = Page(text)
+    assert page.open == []
+    assert page.ids == SECTIONS
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert not {"script", "link", "iframe", "object", "base", "form"} & set(page.tags)
+    assert not re.search(r"url\(|@import|https?://", re.sub(r"<code>.*?</code>", "", text, flags=re.DOTALL))
+    assert len(text) < 2_000_000
+    return page
+
+
+def test_report_is_one_escaped_file_with_every_section(finished):
+    folder, _ = finished
+    text = (folder / "report.html").read_text()
+    page = check_page(text)
+    assert page.tags.count("svg") >= 6
+    assert page.tags.count("img") >= 4 * 4
+    assert "&lt;script&gt;" in text
+    assert EVIL not in text
+    assert "nan" not in re.findall(r'(?:points|x|y|cx|cy|width|style)="([^"]*)"', text)
+
+
+def test_report_md_holds_the_headline_and_the_table(finished):
+    folder, results = finished
+    text = (folder / "report.md").read_text()
+    assert results_markdown(results) in text
+    assert f"{100 * results['headline']['accuracy']:.1f} % with 40 labels" in text
+
+
+def test_report_says_how_to_repeat_the_run(finished):
+    folder, results = finished
+    assert "finetune.labels=40" in results["overrides"]
+    line = next(line for line in (folder / "report.md").read_text().splitlines() if line.startswith("modicum run digits --run AGAIN"))
+    _, *given = shlex.split(line)
+    again = load_experiment("digits", given[4:])
+    expected = Experiment.model_validate({**SETTINGS, "finetune": {"labels": 40, "init": "pretrain"}})
+    assert again == expected
+
+
+def shown(results):
+    console = Console(width=200, record=True, file=None, quiet=False)
+    with console.capture() as captured:
+        console.print(results_table(results))
+    return captured.get()
+
+
+def test_table_says_in_plain_words_what_was_done(finished):
+    _, results = finished
+    text = shown(results)
+    for words in (
+        "Modicum: pretrained (MoCo v2), then FixMatch",
+        "same network, supervised, from random weights",
+        "same network, supervised, from the backbone",
+        "linear probe on pretrained features",
+        "kNN (k 20) on pretrained features",
+        "linear probe on a random encoder",
+        "logistic regression on raw pixels",
+        "kNN (k 20) on raw pixels",
+        "with 40 labels",
+        "with all 200 labels",
+        "95 % bootstrap interval",
+    ):
+        assert words in text
+    assert f"{100 * results['headline']['accuracy']:.1f} %" in text
+
+
+def test_a_tiny_bank_votes_with_the_k_it_has_and_says_so(finished):
+    _, results = finished
+    small = {**results, "rows": [row for row in results["rows"] if row["k"] is None or row["labels"] == 200 or row["k"] <= 5]}
+    assert ", k 5)" in shown(small)
+    assert ", k 20)" in shown(small)
+
+
+def test_without_test_images_a_cross_validated_probe_stands_in_and_says_so(tmp_path):
+    session = session_of(tmp_path / "run", ["labelled"] * 60 + ["unlabelled"] * 60, NAMES)
+    run(session)
+    results = json.loads((tmp_path / "run" / "evaluate" / "results.json").read_text())
+    assert results["headline"] == {"accuracy": None, "interval": [None, None], "labels": 60}
+    assert {row["protocol"] for row in results["rows"]} == {"linear_cross_validated"}
+    # The fine-tuned backbone has seen every label, so it cannot be cross-validated on them.
+    assert {row["features"] for row in results["rows"]} == {"pretrained", "random", "pixels"}
+    page = (tmp_path / "run" / "report.html").read_text()
+    check_page(page)
+    assert "no test images" in page
+    assert "cross-validated on the labels" in page
+    assert "cross-validated on the labels" in shown(results)
+    table = pd.read_csv(tmp_path / "run" / "evaluate" / "predictions.csv")
+    assert len(table) == 60
+    neighbours = pd.read_csv(tmp_path / "run" / "evaluate" / "neighbours.csv")
+    assert (neighbours["query_id"] != neighbours["neighbour_id"]).all()
+
+
+def test_without_any_label_there_are_galleries_and_no_crash(tmp_path):
+    run(session_of(tmp_path / "run", ["unlabelled"] * 30, (), stages=("pretrain",)))
+    results = json.loads((tmp_path / "run" / "evaluate" / "results.json").read_text())
+    assert results["rows"] == []
+    assert results["headline"]["accuracy"] is None
+    page = check_page((tmp_path / "run" / "report.html").read_text())
+    assert page.tags.count("img") == 4 * 4
+    shown(results)
+
+
+def test_before_stage_two_the_features_are_judged_and_it_is_said(tmp_path):
+    run(session_of(tmp_path / "run", ["labelled"] * 20 + ["unlabelled"] * 20 + ["test"] * 30, NAMES, stages=("pretrain",)))
+    results = json.loads((tmp_path / "run" / "evaluate" / "results.json").read_text())
+    assert {row["features"] for row in results["rows"]} == {"pretrained", "random", "pixels"}
+    assert "Stage two has not run" in " ".join(results["notes"])
+    check_page((tmp_path / "run" / "report.html").read_text())
+
+
+def test_many_classes_are_shown_as_their_worst_pairs(finished, tmp_path):
+    _, results = finished
+    names = [f"class {at}" for at in range(50)]
+    confusion = np.eye(50, dtype=int) * 9
+    confusion[3, 7] = 5
+    per_class = [{"class": name, "accuracy": at / 50, "images": 9} for at, name in enumerate(names)]
+    many = {**results, "class_names": names, "per_class": per_class}
+    settings = Experiment.model_validate(SETTINGS).model_dump(mode="json")
+    text = render(tmp_path, many, settings, confusion, Pictures())
+    check_page(text)
+    assert "class 3 taken for class 7: 5 of 14" in text
+    assert "The hardest classes" in text
+    assert "Who is taken for whom" not in text
+
+
+def test_charts_hold_every_point_within_the_frame_and_round_ticks():
+    drawing = line_chart([Series("a", [(1, 0.9), (10, 0.99)], 0, dots=True)], "k", share=True, log_x=True, label="l")
+    places = [tuple(map(float, pair)) for pair in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', drawing)]
+    assert len(places) == 2
+    assert all(0 < x < 420 and 0 < y < 240 for x, y in places)
+    assert ticks(0.0, 1.0) == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert ticks(0.7, 0.7)[0] < 0.7 < ticks(0.7, 0.7)[-1]
+    assert ticks(1.0, 1.0, most=1.0)[-1] == 1.0
+    assert len(thin([(float(at), 1.0) for at in range(10_000)])) <= 240
+    assert line_chart([Series("a", [], 0)], "k", share=True, label="l") == ""
+    assert "&lt;script&gt;" in heat_map([[1, 0], [2, 3]], [EVIL, "b"])

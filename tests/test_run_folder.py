@@ -1,0 +1,106 @@
+"""A run folder belongs to one experiment and one process, and nothing in it is lost or overwritten unasked."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import modicum as package
+from modicum.errors import InputError
+from modicum.run_folder import RunFolder, depends
+
+CHECKOUT = Path(package.__file__).parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+@contextmanager
+def holder(folder: RunFolder) -> Iterator[subprocess.Popen[str]]:
+    """Another process that has the folder locked."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(CHECKOUT)!r})\n"
+        "import pathlib, time\nfrom modicum.run_folder import RunFolder\n"
+        f"with RunFolder(pathlib.Path({str(folder.path)!r})).lock():\n    print('locked', flush=True)\n    time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "locked\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_process_is_refused(folder: RunFolder) -> None:
+    with holder(folder) as process, pytest.raises(InputError, match=f"in use by another process .process {process.pid} "), folder.lock():
+        pass
+
+
+def test_a_killed_process_does_not_refuse(folder: RunFolder) -> None:
+    with holder(folder) as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with folder.lock():
+            pass
+
+
+def test_the_second_of_two_locks_in_one_process_is_refused(folder: RunFolder) -> None:
+    with folder.lock(), pytest.raises(InputError, match="in use"), folder.lock():
+        pass
+
+
+def test_half_written_files_of_a_killed_process_are_swept(folder: RunFolder) -> None:
+    folder.stage("pretrain").mkdir(parents=True)
+    (folder.stage("pretrain") / ".state.pt.4711.tmp").write_text("half")
+    (folder.path / "notes.tmp").write_text("not ours")
+    with folder.lock():
+        assert not (folder.stage("pretrain") / ".state.pt.4711.tmp").exists()
+        assert (folder.path / "notes.tmp").exists()
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(InputError, match=r"no run folder: it holds 'letter.txt'"):
+        RunFolder(tmp_path).exists()
+    with pytest.raises(InputError, match="is a file"):
+        RunFolder(tmp_path / "letter.txt").exists()
+    with pytest.raises(InputError, match="cannot be made"), RunFolder(tmp_path / "letter.txt" / "run").lock():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("key", "init", "stages"),
+    [
+        ("seed", "pretrain", "pretrain finetune evaluate"),
+        ("data.image_size", "random", "pretrain finetune evaluate"),
+        ("inputs.data", "pretrain", "pretrain finetune evaluate"),
+        ("pretrain.epochs", "pretrain", "pretrain finetune evaluate"),
+        ("pretrain.epochs", "random", "pretrain"),
+        ("pretrain.epochs", "/some/backbone", "pretrain"),
+        ("finetune.labels", "pretrain", "finetune evaluate"),
+        ("inputs.finetune.init", "/some/backbone", "finetune evaluate"),
+        ("evaluate.bootstrap", "pretrain", "evaluate"),
+        ("evaluate.gallery_queries", "pretrain", ""),
+        ("pretrain.log_every", "pretrain", ""),
+    ],
+)
+def test_what_depends_on_a_setting(key: str, init: str, stages: str) -> None:
+    assert [stage for stage in ("pretrain", "finetune", "evaluate") if depends(stage, key, init)] == stages.split()
+
+
+def test_done_means_these_settings_and_the_stages_before(folder: RunFolder) -> None:
+    for stage in ("finetune", "evaluate"):
+        folder.stage(stage).mkdir(parents=True)
+    assert not folder.finished("evaluate")
+    folder.mark_done("evaluate", "settings")
+    assert folder.done("evaluate", "settings")
+    assert not folder.done("evaluate", "other settings")
+    folder.mark_done("finetune", "settings")
+    assert not folder.finished("evaluate")  # it has not seen the classifier

@@ -1,0 +1,147 @@
+"""A sweep: seeds and settings, each in its own folder, resumed, and one table of mean and spread."""
+
+import csv
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from modicum.errors import InputError
+from modicum.pipelines.sweep import summaries
+
+Command = Callable[..., int]
+Names = Callable[[str], list[str]]
+
+
+def settings_of(folder: str) -> dict[str, Any]:
+    return dict(yaml.safe_load(Path(folder, "experiment.yaml").read_text()))
+
+
+def rows_of(folder: str) -> list[dict[str, str]]:
+    with Path(folder, "sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_seeds_move_the_seed_and_the_labels_and_never_the_test_set(house: Any, modicum: Command, capfd: pytest.CaptureFixture[str]) -> None:
+    assert modicum("sweep", "digits", "--seeds", "3", "finetune.labels=40") == 0
+    for seed in range(3):
+        settings = settings_of(f"runs/digits-sweep/seed-{seed}")
+        assert (settings["seed"], settings["finetune"]["label_seed"], settings["data"]["split_seed"]) == (seed, seed, 0)
+    captured = capfd.readouterr()
+    assert "80.0 ± 10.0" in captured.out  # 0.9, 0.8, 0.7
+    assert "70.0 ± 10.0" in captured.out  # supervised
+    lines = [line for line in captured.err.splitlines() if line]
+    assert lines == [
+        f"[{seed + 1}/3] runs/digits-sweep/seed-{seed}: {90 - 10 * seed}.0 % with 40 labels, 0 s" for seed in range(3)
+    ]  # one line a run, nothing else
+    assert len(rows_of("runs/digits-sweep")) == 9  # every row of every run
+    assert "| finetuned | finetuned | 40 | 80.0 ± 10.0 | 3 |" in Path("runs/digits-sweep/sweep.md").read_text()
+    assert "Stage one, pretrain: begins" in Path("runs/digits-sweep/seed-0/pretrain/console.log").read_text()
+
+
+def test_every_combination_has_its_folder(house: Any, modicum: Command, names: Names) -> None:
+    command = [
+        "sweep",
+        "digits",
+        "--seeds",
+        "1",
+        "--run",
+        "out",
+        "--over",
+        "finetune.labels=40,100",
+        "--over",
+        "finetune.method=fixmatch,supervised",
+    ]
+    assert modicum(*command) == 0
+    assert [name for name in names("out") if "=" in name] == [
+        f"finetune.labels={labels},finetune.method={method}" for labels in (100, 40) for method in ("fixmatch", "supervised")
+    ]
+    settings = settings_of("out/finetune.labels=100,finetune.method=supervised/seed-0")
+    assert (settings["finetune"]["labels"], settings["finetune"]["method"]["name"]) == (100, "supervised")
+    assert {row["variant"] for row in rows_of("out")} == {name for name in names("out") if "=" in name}
+
+
+def test_values_with_commas_of_their_own(house: Any, modicum: Command) -> None:
+    assert modicum("sweep", "digits", "--seeds", "1", "--run", "out", "--over", "evaluate.knn.k=[1, 5],[20]") == 0
+    assert settings_of("out/evaluate.knn.k=[1, 5]/seed-0")["evaluate"]["knn"]["k"] == [1, 5]
+    assert settings_of("out/evaluate.knn.k=[20]/seed-0")["evaluate"]["knn"]["k"] == [20]
+
+
+def test_runs_that_agree_in_stage_one_share_it(house: Any, modicum: Command) -> None:
+    assert modicum("sweep", "digits", "--seeds", "2", "--run", "out", "--over", "finetune.labels=40,100") == 0
+    assert house.calls.count("pretrain") == 2
+    assert house.calls.count("finetune") == 4
+    for seed in range(2):
+        shared = Path(f"out/finetune.labels=40/seed-{seed}/pretrain/backbone").absolute()
+        assert settings_of(f"out/finetune.labels=100/seed-{seed}")["finetune"]["init"] == str(shared)
+
+
+def test_a_sweep_may_be_widened(house: Any, modicum: Command) -> None:
+    assert modicum("sweep", "digits", "--seeds", "1", "--run", "out", "--over", "finetune.labels=40,100") == 0
+    assert modicum("sweep", "digits", "--seeds", "2", "--run", "out", "--over", "finetune.labels=100,40,10") == 0
+    assert house.calls.count("finetune") == 6
+    assert {(row["variant"], row["seed"]) for row in rows_of("out")} == {
+        (f"finetune.labels={labels}", seed) for labels in ("100", "40", "10") for seed in "01"
+    }
+
+
+def test_what_is_done_is_skipped(house: Any, modicum: Command, capfd: pytest.CaptureFixture[str]) -> None:
+    assert modicum("sweep", "digits", "--seeds", "2") == 0
+    before = len(house.calls)
+    capfd.readouterr()
+    assert modicum("sweep", "digits", "--seeds", "2") == 0
+    assert len(house.calls) == before
+    captured = capfd.readouterr()
+    assert captured.err.count("done already") == 2
+    assert "85.0 ± 7.1" in captured.out
+
+
+def test_init_is_passed_on(house: Any, modicum: Command) -> None:
+    Path("weights.safetensors").write_text("weights")
+    assert modicum("sweep", "digits", "--seeds", "2", "--init", "weights.safetensors") == 0
+    assert "pretrain" not in house.calls
+
+
+def test_a_failing_run_is_named_and_stops_the_sweep(house: Any, modicum: Command, capfd: pytest.CaptureFixture[str]) -> None:
+    def fail(run: Any) -> None:
+        if run.experiment.seed == 1:
+            raise InputError("The loss is no longer finite.")
+
+    house.act["finetune"] = fail
+    assert modicum("sweep", "digits", "--seeds", "3") == 2
+    assert "runs/digits-sweep/seed-1: The loss is no longer finite." in capfd.readouterr().err
+    assert not Path("runs/digits-sweep/seed-2").exists()
+    assert {row["seed"] for row in rows_of("runs/digits-sweep")} == {"0"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["seed=3"], "seed is moved by the sweep"),
+        (["--over", "finetune.label_seed=1,2"], "finetune.label_seed is moved by the sweep"),
+        (["--over", "data.split_seed=1,2"], "different test sets"),
+        (["--over", "finetune.labels"], "KEY=A,B,C"),
+        (["--over", "finetune.labels=40,"], "KEY=A,B,C"),
+        (["--over", "finetune.labels=40,40"], "twice"),
+        (["--over", "finetune.label=40,100"], "did you mean 'labels'"),
+        (["--over", "finetune.steps=100,x"], "finetune.steps"),
+    ],
+)
+def test_bad_input_runs_nothing(
+    arguments: list[str], words: str, house: Any, modicum: Command, names: Names, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert modicum("sweep", "digits", "--seeds", "2", *arguments) == 2
+    assert words in capfd.readouterr().err
+    assert names(".") == []
+
+
+def test_mean_and_spread() -> None:
+    values = [0.91, 0.95, 0.99, 0.9]
+    rows = [{"variant": "", "protocol": "finetuned", "features": "finetuned", "labels": 40, "top1": value} for value in values]
+    (summary,) = summaries(rows)
+    assert (summary.mean, summary.spread, summary.count) == (statistics.fmean(values), statistics.stdev(values), 4)
+    (single,) = summaries(rows[:1])
+    assert (single.mean, single.spread, single.count) == (0.91, None, 1)
