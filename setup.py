@@ -13,5 +13,10 @@ setup(
         *(f"modicum.{name}" for stage in STAGES for name in find_packages(include=[stage, f"{stage}.*"])),
     ],
     package_dir={"modicum": "modicum", **{f"modicum.{stage}": stage for stage in STAGES}},
-    package_data={"modicum": ["py.typed"], "modicum.configs": ["*.yaml"], "modicum.evaluate.report": ["*.jinja", "*.css"], "modicum.pipelines": ["*.sh"]},
+    package_data={
+        "modicum": ["py.typed"],
+        "modicum.configs": ["*.yaml"],
+        "modicum.evaluate.report": ["*.jinja", "*.css"],
+        "modicum.pipelines": ["*.sh"],
+    },
 )

@@ -2,9 +2,12 @@
 
 Claim: at least 40,000 MoCo v2 views a second at 32 px RGB, without blur (off at this size), each image with its own draw, order of
 colour operations included, exact to torchvision's functionals.
-PROOF
+Measured: 43,000 (best round 47,500), 21 times torchvision image by image and 3.6 times torchvision v2 with one draw for the whole batch,
+which is less work; 143,000 at 28 px grey; 274 at 224 px with blur, 2.5 times and 1.7 times. Median of 25 rounds, one core of an AMD EPYC
+(AVX-512), shared and busy with other work, torch 2.14.1, torchvision 0.29.1, 22 November 2026.
 
-Rounds are interleaved, so that noise falls on all alike; figures are medians. Drawing the random numbers is included.
+Rounds are interleaved, so that noise falls on all alike. On one thread the clock is the processor time of this process, so that others
+that take the core in between do not count (that they share its caches does). Drawing the random numbers is included.
 """
 
 import argparse
@@ -79,16 +82,16 @@ def others(images: torch.Tensor) -> Candidates:
     return found
 
 
-def measure(candidates: Candidates, rounds: int) -> dict[str, float]:
-    """Median views a second of each."""
+def measure(candidates: Candidates, rounds: int, clock: Callable[[], float]) -> dict[str, tuple[float, float]]:
+    """Views a second of each: the median round, the best round."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds + 1):
         for name, (count, function) in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             function()
             if number:  # the first round warms up
-                seconds[name].append((time.perf_counter() - start) / count)
-    return {name: 1 / statistics.median(values) for name, values in seconds.items()}
+                seconds[name].append((clock() - start) / count)
+    return {name: (1 / statistics.median(values), 1 / min(values)) for name, values in seconds.items()}
 
 
 def main() -> None:
@@ -98,14 +101,14 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    print(f"torch {torch.__version__}, {arguments.threads} thread(s), median of {arguments.rounds} interleaved rounds")
+    print(f"torch {torch.__version__}, {arguments.threads} thread(s), median (and best) of {arguments.rounds} interleaved rounds")
     for side, channels, batch in SETTINGS:
         images = torch.randint(0, 256, (batch, channels, side, side), dtype=torch.uint8)
-        speed = measure(ours(images) | others(images), arguments.rounds)
+        speed = measure(ours(images) | others(images), arguments.rounds, time.process_time if arguments.threads == 1 else time.perf_counter)
         print(f"\n{side} px, {channels} channel(s), batches of {batch}")
-        for name, views in speed.items():
-            ratio = "" if name in PAPERS else f"   {COMPARED} here is {speed[COMPARED] / views:.1f} times as fast"
-            print(f"  {name:36s}{views:10,.0f} views/s{ratio}")
+        for name, (median, best) in speed.items():
+            ratio = "" if name in PAPERS else f"   {COMPARED} here is {speed[COMPARED][0] / median:.1f} times as fast"
+            print(f"  {name:36s}{median:10,.0f} ({best:9,.0f}) views/s{ratio}")
 
 
 if __name__ == "__main__":

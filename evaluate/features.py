@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional
 
 from modicum.checkpoint import Preprocessing
-from modicum.evaluate.files import read_tensor, write_tensor
+from modicum.files import write_atomically
 from modicum.hardware import Hardware
 from modicum.record import progress
 
@@ -73,6 +75,19 @@ def weights_fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def read_features(path: Path, fingerprint: str) -> torch.Tensor | None:
+    """What `write_features` left, or None if nothing, or something of another fingerprint, is there."""
+    if not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor("features") if (file.metadata() or {}).get("fingerprint") == fingerprint else None
+
+
+def write_features(path: Path, features: torch.Tensor, fingerprint: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, save({"features": features.contiguous()}, metadata={"fingerprint": fingerprint}))
+
+
 class FeatureStore:
     """Features by name under `folder`, computed at most once per (weights, images, preprocessing, precision)."""
 
@@ -87,8 +102,8 @@ class FeatureStore:
         identity = (weights_fingerprint(network), images, repr(preprocessing), self.hardware.precision)
         fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
         path = self.folder / f"{name}.safetensors"
-        kept = read_tensor(path, "features", fingerprint)
+        kept = read_features(path, fingerprint)
         if kept is None:
             kept = extract(network, pixels, preprocessing, self.hardware, self.batch_size, f"features ({name})")
-            write_tensor(path, "features", kept, fingerprint)
+            write_features(path, kept, fingerprint)
         return kept

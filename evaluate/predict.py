@@ -13,7 +13,7 @@ from modicum.data.decode import UNREADABLE, decode, reason
 from modicum.data.listing import refuse, walk
 from modicum.errors import InputError
 from modicum.evaluate.features import prepare
-from modicum.evaluate.files import write_table
+from modicum.files import write_table
 from modicum.hardware import Hardware
 from modicum.record import progress
 

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,25 +16,17 @@ from modicum.config import Experiment, flatten, load_experiment, shipped_configs
 from modicum.data.images import Images
 from modicum.evaluate import galleries, metrics
 from modicum.evaluate.features import FeatureStore, apply_head, raw_pixels
-from modicum.evaluate.files import write_json, write_table
 from modicum.evaluate.report import Pictures, write_report
 from modicum.evaluate.rows import Judge, Row, Sets, cross_validated_rows, knn_rows, linear_rows, row_table
 from modicum.exchange import initial_backbone
+from modicum.files import write_atomically, write_table
 from modicum.provenance import provenance
-
-if TYPE_CHECKING:
-    from modicum.session import Session
+from modicum.session import Session
 
 MISTAKES_SHOWN = 12
 
 
-def main() -> None:
-    from modicum import cli  # the command line finds this stage by name, not the other way round
-
-    cli.stage_main("evaluate")
-
-
-def run(session: "Session") -> None:
+def run(session: Session) -> None:
     """Writes RUN/evaluate/* and RUN/report.html and .md from what stages one and two left; what they did not leave is not judged."""
     Evaluation(session).run()
 
@@ -49,7 +41,7 @@ def reproduction(config: str, requested: Experiment) -> tuple[str | None, list[s
 
 
 class Evaluation:
-    def __init__(self, session: "Session") -> None:
+    def __init__(self, session: Session) -> None:
         self.began = time.perf_counter()
         self.config, self.overrides = reproduction(session.name, session.requested)
         self.folder = session.folder
@@ -77,7 +69,8 @@ class Evaluation:
         self.remark()
         results = self.results(confusion, shown)
         write_table(self.out / "results.csv", row_table(self.rows))
-        write_json(self.out / "results.json", results)
+        # Strict JSON: NaN, which other readers refuse, is an error here.
+        write_atomically(self.out / "results.json", json.dumps(results, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
         write_report(self.folder.path, results, self.experiment.model_dump(mode="json"), confusion, pictures)
 
     def feature_sets(self) -> Iterator[tuple[str, np.ndarray]]:

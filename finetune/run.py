@@ -1,16 +1,15 @@
 """Stage two from a session: fine-tune the classifier, and the supervised baselines that it is compared with."""
 
-import numpy as np
-import pandas as pd
-import torch
-
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+import torch
+
 from modicum.checkpoint import Preprocessing, save_backbone, save_classifier
-from modicum.cli import stage_main
 from modicum.config import FinetuneSettings
 from modicum.data.images import UNKNOWN
 from modicum.data.stream import Stream
@@ -21,7 +20,7 @@ from modicum.loop import Monitor, Training
 from modicum.method import find_method, settings_model
 from modicum.networks import Classifier
 from modicum.optim import build_optimizer, parameter_groups, schedule_with_warmup
-from modicum.record import say
+from modicum.record import is_rank_zero, say
 from modicum.resolve import stage_facts, view_arguments
 from modicum.session import Session
 from modicum.views.policies import build_policy
@@ -74,13 +73,16 @@ def train(session: Session, variant: Variant) -> None:
 
     rows = {"labelled": variant.labelled, "unlabelled": unlabelled_rows(settings, session.splits)}
     sizes = {"labelled": settings.batch_size, "unlabelled": settings.batch_size * settings.mu}
+    assert isinstance(settings.views, list)  # resolved
     policies = [build_policy(policy, **view_arguments(experiment.data)) for policy in settings.views]
     streams = {
-        name: Stream.of(images, rows[name], policies[: len(views)], sizes[name], hardware.device, seed, variant.title, name, labelled=name == "labelled")
+        name: Stream.of(
+            images, rows[name], policies[: len(views)], sizes[name], hardware.device, seed, variant.title, name, labelled=name == "labelled"
+        )
         for name, views in method.views.items()
     }
     audit = Audit(images, hardware.device)
-    groups = parameter_groups([(backbone, settings.backbone_lr_scale), (method.student.head, 1.0)], settings.optimizer.weight_decay)
+    groups = parameter_groups([(backbone, settings.backbone_lr_scale), (method.student.head, 1.0)], float(settings.optimizer.weight_decay))
     variant.folder.mkdir(parents=True, exist_ok=True)
     say(f"{variant.title}: {len(variant.labelled)} labelled images, {settings.steps} steps")
     Training(
@@ -100,8 +102,9 @@ def train(session: Session, variant: Variant) -> None:
     ).run()
     classifier = exported(method, settings)
     preprocessing = Preprocessing.of(experiment.data)
-    save_backbone(variant.folder / "backbone", classifier.backbone, preprocessing)
-    save_classifier(variant.folder / "classifier", classifier, preprocessing, images.class_names)
+    if is_rank_zero():
+        save_backbone(variant.folder / "backbone", classifier.backbone, preprocessing)
+        save_classifier(variant.folder / "classifier", classifier, preprocessing, images.class_names)
 
 
 def unlabelled_rows(settings: FinetuneSettings, splits: pd.DataFrame) -> np.ndarray:
@@ -131,12 +134,10 @@ def validation_monitors(session: Session, method: SemiSupervised) -> list[Monito
         mode = network.training
         network.eval()
         with hardware.autocast():
-            guesses = torch.cat([network(policy(images.pixels[part].to(hardware.device), {})).argmax(dim=1).cpu() for part in rows.split(512)])
+            guesses = torch.cat(
+                [network(policy(images.pixels[part].to(hardware.device), {})).argmax(dim=1).cpu() for part in rows.split(512)]
+            )
         network.train(mode)
         return {"validation_accuracy": (guesses == truth).float().mean().item()}
 
     return [Monitor(max(1, experiment.finetune.steps // VALIDATION_READINGS), read)]
-
-
-def main() -> None:
-    stage_main("finetune")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modicum.config import TeacherSettings
-from modicum.data.stream import Sample
+from modicum.data.stream import Batch, Sample
 from modicum.errors import InputError
 from modicum.method import Decisions, Facts, Method, Progress, Recipe
 from modicum.networks import Backbone, Classifier
@@ -40,6 +40,9 @@ class SemiSupervised(Method):
         average = TeacherSettings(norm="bn", momentum=facts.ema_momentum) if teacher == "none" else teacher
         self.average = Teacher(self.student, average)
 
+    def prepare(self, batch: Batch) -> None:
+        self.average.start(self.student, batch["unlabelled" if "unlabelled" in batch else "labelled"].view(0))
+
     def together(self, *images: Tensor) -> list[Tensor]:
         """The student's logits of several sets of images in ONE pass, so that all are normalised by the same mixture."""
         logits = self.student(torch.cat(images)).float()
@@ -57,7 +60,10 @@ class SemiSupervised(Method):
     def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
         teacher = settings.get("teacher", "none")
         if teacher != "none" and teacher["norm"] == "shuffle_bn":
-            raise InputError("finetune.method.teacher.norm = shuffle_bn has no use in stage two, which compares no query with its key; choose bn or eman.")
+            raise InputError(
+                "finetune.method.teacher.norm = shuffle_bn has no use in stage two, which compares no query with its key; "
+                "choose bn or eman."
+            )
         return super().decide(settings, facts)
 
     def after_step(self, progress: Progress) -> None:

@@ -31,7 +31,7 @@ class Preprocessing:
     @classmethod
     def of(cls, data: DataSettings) -> "Preprocessing":
         """The preprocessing that resolved settings describe."""
-        return cls(int(data.image_size), int(data.channels), tuple(data.mean), tuple(data.std))
+        return cls(int(data.image_size), int(data.channels), tuple(map(float, data.mean)), tuple(map(float, data.std)))
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -91,11 +91,17 @@ def fill(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
     expected = module.state_dict()
     missing = [name for name in expected if name not in state]
     surplus = [name for name in state if name not in expected]
-    unlike = [f"{name} {tuple(state[name].shape)} for {tuple(v.shape)}" for name, v in expected.items() if name in state and state[name].shape != v.shape]
+    unlike = [
+        f"{name} {tuple(state[name].shape)} for {tuple(v.shape)}"
+        for name, v in expected.items()
+        if name in state and state[name].shape != v.shape
+    ]
     for reason, names in (("lacks", missing), ("holds unknown", surplus), ("holds other shapes:", unlike)):
         if names:
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise InputError(f"{source} does not fit this network: it {reason} {shown}. Give the architecture, stem and image size it was made with.")
+            raise InputError(
+                f"{source} does not fit this network: it {reason} {shown}. Give the architecture, stem and image size it was made with."
+            )
     module.load_state_dict(state)
 
 

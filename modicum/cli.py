@@ -222,3 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def stage_main(stage: str) -> None:
     """`python -m STAGE ...` is `modicum STAGE ...`."""
     main([stage, *sys.argv[1:]])
+
+
+if __name__ == "__main__":  # for torchrun, which takes a file or `-m MODULE`, not a command
+    main()

@@ -7,18 +7,20 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from rich.console import Console, ConsoleRenderable, RenderHook
+from rich.console import Console, ConsoleRenderable, NewLine, RenderHook
 from rich.control import Control
 
 from modicum import __version__, record
 
 WIDTH = 140
+BAR_SIGNS = (Control, NewLine)  # a refresh, the end
 
 
 class ConsoleLog(RenderHook):
     """Copies what `record.say` and its siblings print, without progress bars, into the file that `writing_to` names.
 
-    What is printed before the first file is named goes there too. `quiet` keeps everything but progress bars off the console.
+    What is printed before the first file is named goes there too. `quiet` keeps everything but progress bars off the console,
+    and those only until they are full.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -27,18 +29,20 @@ class ConsoleLog(RenderHook):
         self._copy = self._plain(self._pending)
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
-        """Called by rich for every print, before a progress bar adds itself; a bar's own refresh prints an empty Control."""
-        printed = [renderable for renderable in renderables if not isinstance(renderable, Control)]
+        """Called by rich for every print, before a progress bar adds itself; a bar itself prints nothing but BAR_SIGNS."""
+        printed = [renderable for renderable in renderables if not isinstance(renderable, BAR_SIGNS)]
         for renderable in printed:
             self._copy.print(renderable)
-        return [renderable for renderable in renderables if isinstance(renderable, Control)] if self.quiet else renderables
+        return [renderable for renderable in renderables if isinstance(renderable, BAR_SIGNS)] if self.quiet else renderables
 
     @contextmanager
     def copying(self) -> Iterator[None]:
         record.console.push_render_hook(self)
+        record.keep_bars = not self.quiet
         try:
             yield
         finally:
+            record.keep_bars = True
             record.console.pop_render_hook()
 
     @contextmanager

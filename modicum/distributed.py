@@ -11,7 +11,10 @@ from torch import Tensor
 def start(device: torch.device) -> None:
     """Joins the ranks that torchrun started; nothing where it did not."""
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            torch.cuda.set_device(device if device.index is not None else int(os.environ["LOCAL_RANK"]))
+        # Tensors on the CPU go by gloo in any case: what ranks agree on (`anywhere`) then needs no waiting for the GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def rank() -> int:
@@ -33,6 +36,15 @@ def barrier() -> None:
         dist.barrier()
 
 
+def anywhere(flag: bool) -> bool:
+    """Whether `flag` is true on any rank; every rank must ask at the same step."""
+    if world_size() == 1:
+        return flag
+    told = torch.tensor(float(flag))
+    dist.all_reduce(told, dist.ReduceOp.MAX)
+    return bool(told)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(context: Any, tensor: Tensor) -> Tensor:
@@ -41,7 +53,7 @@ class _Gather(torch.autograd.Function):
         return torch.cat(parts)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> Tensor:
         gradient = gradient.contiguous()
         dist.all_reduce(gradient)  # every rank's loss depends on every rank's rows
         return gradient.chunk(world_size())[rank()]

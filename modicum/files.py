@@ -2,22 +2,26 @@
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A binary file to write to, beside `path`; it takes that name when the block ends well and vanishes when it does not.
 
-    A killed process or a full disk thus leaves the old content or the new, never half of it. A kill can leave the hidden
-    `.NAME.PID.tmp` behind; a run folder sweeps those when it is next locked. Raises OSError where `path` cannot be written.
+    A killed process or a full disk thus leaves the old content or the new, never half of it. A kill can leave a hidden
+    `.NAME.RANDOM.tmp` behind; a run folder sweeps those when it is next locked. Raises OSError where `path` cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # process numbers repeat on the hosts that share a disk
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -34,6 +38,12 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def write_atomically(path: Path, content: str | bytes) -> None:
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_table(path: Path, table: "pd.DataFrame", *, index: bool = False) -> None:
+    """The table as CSV, the same bytes for the same table on every system."""
+    with replacing(path) as file:
+        table.to_csv(file, index=index, lineterminator="\n")
 
 
 def content_hash(path: Path) -> str:

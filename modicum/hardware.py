@@ -1,7 +1,10 @@
 """One device, precision and thread count for a run, chosen in this one place."""
 
 import contextlib
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -24,8 +27,29 @@ class Hardware:
         return torch.autocast(self.device.type, torch.bfloat16)
 
     def describe(self) -> str:
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{self.threads} threads"
+        name = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else f"{self.threads} thread{'' if self.threads == 1 else 's'}"
+        )
         return f"{self.device}, {name}, {self.precision}"
+
+
+Function = TypeVar("Function", bound=Callable[..., torch.Tensor])
+
+
+def in_full_precision(function: Function) -> Function:
+    """A loss that keeps its matrix products out of autocast: bf16 cannot tell similarities apart that differ by less than 0.004."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Any, **options: Any) -> torch.Tensor:
+        kind = arguments[0].device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return function(*arguments, **options)
+        with torch.autocast(kind, enabled=False):
+            return function(*arguments, **options)
+
+    return cast(Function, wrapped)
 
 
 def choose_hardware(experiment: Experiment) -> Hardware:

@@ -12,12 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 from modicum import distributed
 from modicum.checkpoint import load_state, save_state
 from modicum.data.stream import Batch
-from modicum.errors import InputError
+from modicum.errors import InputError, Preempted
 from modicum.hardware import Hardware
 from modicum.method import Method, Progress
 from modicum.optim import Schedule
 from modicum.randomness import seed_of
-from modicum.record import Metrics, progress, warn
+from modicum.record import Metrics, is_rank_zero, progress, warn
 from modicum.signals import StopSignal
 
 Reading = tuple[Tensor, Tensor]  # numerator and denominator, summed over the steps of a log interval before they are divided
@@ -59,7 +59,7 @@ class Training:
 
         Raises Interrupted or Preempted after saving, and InputError when the loss is no longer finite.
         """
-        method = self.method.to(self.hardware.device, memory_format=torch.channels_last)
+        method = self.method.to(self.hardware.device).to(memory_format=torch.channels_last)
         totals = _Totals()
         start = self._resume(totals)
         hardware = self.hardware
@@ -74,8 +74,12 @@ class Training:
                 torch.manual_seed(seed_of(self.seed, self.title, step))  # dropout and its kin
 
                 method.progress = Progress(step, self.steps)
+                batch = self.batch(step)
+                if step == 0:
+                    with hardware.autocast():  # its own: weights cast without gradient would be kept for the step
+                        method.prepare(batch)
                 with hardware.autocast():
-                    loss = trained(self.batch(step))
+                    loss = trained(batch)
                 self.optimizer.zero_grad()
                 loss.total.backward()
                 finite = mask_unless_finite(loss.total, parameters)
@@ -86,7 +90,9 @@ class Training:
 
                 one = torch.ones_like(finite)
                 figures = {"loss": loss.total, **{f"loss/{name}": part for name, part in loss.parts.items()}}
-                totals.add({"finite": (finite, one)} | {name: (part.detach(), one) for name, part in figures.items()} | dict(self.observe()))
+                totals.add(
+                    {"finite": (finite, one)} | {name: (part.detach(), one) for name, part in figures.items()} | dict(self.observe())
+                )
                 done = step + 1
                 last = done == self.steps
                 if done % self.log_every == 0 or last:
@@ -99,11 +105,15 @@ class Training:
                     if done % monitor.every == 0 or last:
                         metrics.write(done, monitor.read())
                 advance(self.batch_size)
-                if stop.requested or last or time.monotonic() - saved_at > SAVE_SECONDS:
+                stopping = distributed.anywhere(stop.requested is not None)
+                if is_rank_zero() and (stopping or last or time.monotonic() - saved_at > SAVE_SECONDS):
                     self._save(done, totals)
                     saved_at = time.monotonic()
-                if stop.requested and not last:
-                    raise stop.requested(f"Stopped after step {done} of {self.steps}; the state is saved and the same command goes on from there.")
+                if stopping and not last:
+                    distributed.barrier()  # until the state is saved: a rank that ends takes the others with it
+                    raise (stop.requested or Preempted)(
+                        f"Stopped after step {done} of {self.steps}; the state is saved and the same command goes on from there."
+                    )
 
     def _resume(self, totals: "_Totals") -> int:
         if not self.state_path.is_file():
@@ -116,11 +126,9 @@ class Training:
         return int(state["step"])
 
     def _save(self, step: int, totals: "_Totals") -> None:
-        if distributed.rank() == 0:
-            state = {"step": step, "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "totals": totals.sums}
-            hardware = {"precision": self.hardware.precision, "threads": self.hardware.threads}
-            save_state(self.state_path, state | {"hardware": hardware})
-        distributed.barrier()
+        state = {"step": step, "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "totals": totals.sums}
+        hardware = {"precision": self.hardware.precision, "threads": self.hardware.threads}
+        save_state(self.state_path, state | {"hardware": hardware})
 
     def _check(self, finite_share: float, step: int) -> None:
         if finite_share == 1:
@@ -159,4 +167,3 @@ def mask_unless_finite(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     for gradient in gradients:
         gradient.masked_fill_(~finite, 0)
     return finite.float()
-

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_origin
 
 from annotated_types import BaseMetadata
-from pydantic import ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model
 from torch import Tensor, nn
 
 from modicum import distributed
-from modicum.config import AUTO, Auto, Settings, TeacherSettings, did_you_mean
+from modicum.config import AUTO, Auto, did_you_mean
 from modicum.errors import InputError
 from modicum.randomness import seeded
 
@@ -88,6 +88,9 @@ class Method(nn.Module):
         with seeded(seed, cls.__name__):
             return cls(backbone, facts, seed, **{name: getattr(model, name) for name in type(model).model_fields})
 
+    def prepare(self, batch: "Batch") -> None:
+        """What comes before the first step of a fresh run, given that step's batch: the norm statistics of a teacher."""
+
     def forward(self, batch: "Batch") -> Loss:
         raise NotImplementedError
 
@@ -100,19 +103,19 @@ class Method(nn.Module):
         return decide_teacher(settings["teacher"], facts) if "teacher" in settings else {}
 
 
-def decide_momentum(momentum: float, steps: int) -> tuple[float, str]:
-    """The paper's momentum, or less: an average over more than a tenth of the run would still hold the first weights at its end."""
-    longest = round(1 - 10 / max(steps, 20), 4)
-    return (momentum, "the paper's") if momentum <= longest else (longest, f"averages over a tenth of the {steps} steps at most")
+def decide_momentum(momentum: float, steps: int, share: float) -> tuple[float, str]:
+    """The paper's momentum, or the largest whose average reaches back over no more than `share` of the run."""
+    longest = round(1 - 1 / max(share * steps, 2), 4)
+    return (momentum, "the paper's") if momentum <= longest else (longest, f"averages over {share:.0%} of the {steps} steps at most")
 
 
-def decide_teacher(teacher: Any, facts: Facts, momentum: float = 0.999) -> Decisions:
+def decide_teacher(teacher: Any, facts: Facts, momentum: float = 0.999, share: float = 0.1) -> Decisions:
     """A teacher's momentum and groups, where they are left `auto`. Raises InputError for groups that cannot be."""
     if isinstance(teacher, str):
         return {}
     decisions: Decisions = {}
     if teacher["momentum"] == AUTO:
-        decisions["teacher.momentum"] = decide_momentum(momentum, facts.steps)
+        decisions["teacher.momentum"] = decide_momentum(momentum, facts.steps, share)
     if teacher["norm"] != "shuffle_bn":
         return decisions
     groups = teacher["groups"]
@@ -148,7 +151,7 @@ def find_method(stage: str, name: str) -> type[Method]:
     return found
 
 
-def settings_model(method: type[Method]) -> type[Settings]:
+def settings_model(method: type[Method]) -> type[BaseModel]:
     """The constructor's keyword arguments as a strict model: type, bounds, default and meaning, as written in the signature."""
     fields: dict[str, Any] = {}
     for parameter in inspect.signature(method).parameters.values():
@@ -158,7 +161,7 @@ def settings_model(method: type[Method]) -> type[Settings]:
         if parameter.default is AUTO:
             annotation = Auto | annotation
         fields[parameter.name] = annotation, Field(parameter.default, description=meaning)
-    return create_model(method.__name__, __config__=ConfigDict(frozen=True, extra="forbid", validate_default=True), __base__=None, **fields)
+    return create_model(method.__name__, __config__=ConfigDict(frozen=True, extra="forbid", validate_default=True), **fields)
 
 
 def _split(annotation: Any) -> tuple[Any, str]:

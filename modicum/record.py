@@ -1,46 +1,71 @@
-"""What a run tells: the table of metrics in a file, the progress on the console."""
+"""What a run tells: the table of metrics in a file, the progress on the console. Of torchrun's ranks only the first tells anything."""
 
 import csv
+import io
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
 from rich.text import Text
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+from modicum.files import write_atomically
+
+LINE_SECONDS = 30.0  # between two lines of progress where there is no terminal to draw a bar on
 
 
-class RateColumn(ProgressColumn):
+def is_rank_zero() -> bool:
+    """Whether this process is the one that writes and tells: the first of torchrun's, or the only one. Known without torch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_rank_zero())
+keep_bars = True  # on the screen when they are full; a quiet run (console_log.py) wipes them
+
+
+class StateColumn(ProgressColumn):
+    """Rate, time left and note; cut where the terminal ends, so that no bar takes a second line."""
+
     def __init__(self, unit: str) -> None:
         super().__init__()
         self.unit = unit
 
+    def words(self, task: Task) -> str:
+        rate = f"{task.speed:,.{0 if task.speed >= 10 else 1}f} {self.unit}/s" if task.speed else ""
+        seconds = task.finished_time if task.finished else task.time_remaining
+        clock = "" if seconds is None else f"{_clock(seconds)}{'' if task.finished else ' left'}"
+        return ", ".join(filter(None, (rate, clock, task.fields["note"])))
+
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} {self.unit}/s" if speed and speed >= 10 else f"{speed:.1f} {self.unit}/s" if speed else "")
+        return Text(self.words(task), no_wrap=True, overflow="ellipsis")
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes}:{seconds:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
 @contextmanager
-def progress(description: str, total: float, unit: str = "images", completed: float = 0) -> Iterator[Callable[..., None]]:
-    """A bar with rate and time left. Yields `advance(count, note="loss 0.51")`."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        RateColumn(unit),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, refresh_per_second=4, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(description, total=total, completed=completed, note="")
+def progress(description: str, total: float, unit: str = "images", completed: int = 0) -> Iterator[Callable[..., None]]:
+    """A bar with rate and time left, or a line of them now and then without a terminal. Yields `advance(count, note="loss 0.51")`."""
+    state, drawn = StateColumn(unit), sys.stderr.isatty() and not console.is_dumb_terminal
+    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), TaskProgressColumn(), state
+    told = time.monotonic()
+    with Progress(*columns, console=console, refresh_per_second=4, transient=not keep_bars, disable=not drawn) as bar:
+        bar.add_task(description, total=total, completed=completed, note="")
+        (task,) = bar.tasks
 
         def advance(count: float = 1, note: str | None = None) -> None:
-            bar.update(task, advance=count, **({} if note is None else {"note": note}))
+            nonlocal told
+            bar.update(task.id, advance=count, note=task.fields["note"] if note is None else note)
+            if not drawn and is_rank_zero() and time.monotonic() - told >= LINE_SECONDS:
+                told = time.monotonic()
+                line = f"{description}: {task.completed:,.0f} of {total:,.0f} {unit}, {state.words(task)}"
+                print(line, file=sys.stderr, flush=True)  # not by the console: a bar's stand-in is in no log and in every quiet run
 
         yield advance
 
@@ -54,6 +79,14 @@ def warn(message: str) -> None:
     console.print(Text.assemble(("warning", "yellow"), " ", message))  # no markup: messages carry file names
 
 
+def standard_output() -> Console:
+    """For results; wide enough for a table where nobody's terminal limits it."""
+    output = Console(highlight=False, soft_wrap=True)
+    if not output.is_terminal:
+        output.width = max(output.width, 120)
+    return output
+
+
 class Metrics:
     """`metrics.csv`: one row a reading, in long form (step, name, value), so that any method may record what it likes.
 
@@ -63,11 +96,10 @@ class Metrics:
     def __init__(self, path: Path, resume_step: int) -> None:
         self.path = path
         rows = [row for row in self.read(path) if row[0] <= resume_step] if path.is_file() else []
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            csv.writer(file).writerows([("step", "name", "value"), *rows])
-        temporary.replace(path)
-        self.last = {name: value for _, name, value in rows}
+        if is_rank_zero():
+            table = io.StringIO(newline="")
+            csv.writer(table).writerows([("step", "name", "value"), *rows])
+            write_atomically(path, table.getvalue())
 
     @staticmethod
     def read(path: Path) -> list[tuple[int, str, float]]:
@@ -75,6 +107,6 @@ class Metrics:
             return [(int(row["step"]), row["name"], float(row["value"])) for row in csv.DictReader(file) if row["value"]]
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        self.last |= values
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerows((step, name, repr(value)) for name, value in values.items())
+        if is_rank_zero():
+            with self.path.open("a", newline="") as file:
+                csv.writer(file).writerows((step, name, repr(value)) for name, value in values.items())

@@ -52,7 +52,7 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
         if stage == "pretrain":
             decide("pretrain.", _batch_size(experiment.pretrain, len(images.rows("train"))))
         else:
-            decide("finetune.", _only_auto(section, {"ema_momentum": decide_momentum(0.999, section["steps"])}))
+            decide("finetune.", _only_auto(section, {"ema_momentum": decide_momentum(0.999, section["steps"], share=0.1)}))
         facts = stage_facts(stage, section, images)
         decide(f"{stage}.method.", method.decide(section["method"], facts))
         recipe = method.recipe

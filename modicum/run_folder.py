@@ -18,6 +18,7 @@ from modicum import __version__
 from modicum.config import HARMLESS, flatten
 from modicum.errors import InputError
 from modicum.files import write_atomically
+from modicum.record import is_rank_zero
 
 STAGES = ("pretrain", "finetune", "evaluate")
 LOCK = ".lock"
@@ -95,8 +96,11 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Keeps other processes out while the block runs, and makes the folder. The system frees a killed process's lock.
 
-        Raises InputError where another process holds it.
+        Of torchrun's ranks the first holds it for all. Raises InputError where another process holds it.
         """
+        if not is_rank_zero():
+            yield
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)

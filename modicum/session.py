@@ -4,12 +4,10 @@ import hashlib
 import importlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
 
 from modicum.config import Experiment, flatten, load_experiment
 from modicum.console_log import ConsoleLog
@@ -17,7 +15,7 @@ from modicum.data.fingerprint import input_fingerprint
 from modicum.errors import InputError
 from modicum.files import content_hash
 from modicum.provenance import provenance
-from modicum.record import say
+from modicum.record import is_rank_zero, say, standard_output
 from modicum.run_folder import STAGES, Change, RunFolder, chain, depends
 
 if TYPE_CHECKING:
@@ -147,9 +145,10 @@ def _refuse_missing_stage(request: Request, again: str | None) -> None:
 def open_session(request: Request, *, force: bool = False, again: str | None = None, quiet: bool = False) -> Iterator[Session]:
     """Locks the folder, prepares the session, writes experiment.yaml and splits.csv; all bad input is refused before the folder is made.
 
-    `again` names the first stage to run again; `quiet` leaves only progress bars on the console.
+    `again` names the first stage to run again; `quiet` leaves only progress bars on the console. Under torchrun every rank
+    opens the session, and the first one alone touches the folder.
     """
-    from modicum.data.splits import write_splits
+    from modicum import distributed
 
     _refuse_missing_stage(request, again)
     folder, log = request.folder, ConsoleLog(quiet)
@@ -161,17 +160,12 @@ def open_session(request: Request, *, force: bool = False, again: str | None = N
         prepared = prepare(request)
         if not existed:
             held.enter_context(folder.lock())
-        fresh = folder.recorded() is None
         changes = folder.changes(prepared.settings, request.inputs)
-        cleared = folder.clear(stages_to_clear(request, changes, force=force, again=again))
-        if cleared:
-            say(f"Cleared {_words(cleared)} of {folder}.")
-        if fresh or changes:
-            folder.record(prepared.settings, {"config": request.name, **provenance(), "inputs": request.inputs})
-            for line in summary(prepared):
-                say(line)
-        if fresh or changes or not (folder.path / "splits.csv").is_file():
-            write_splits(prepared.splits, folder.path / "splits.csv")
+        clearing = stages_to_clear(request, changes, force=force, again=again)
+        distributed.start(prepared.hardware.device)
+        distributed.barrier()  # until every rank has found nothing to refuse
+        if is_rank_zero():
+            _write_settings(request, prepared, changes, clearing)
         yield Session(
             name=request.name,
             experiment=prepared.experiment,
@@ -185,6 +179,23 @@ def open_session(request: Request, *, force: bool = False, again: str | None = N
         )
 
 
+def _write_settings(request: Request, prepared: Prepared, changes: list[Change], clearing: list[str]) -> None:
+    """Makes the folder this experiment's: clears what must go, writes experiment.yaml and splits.csv."""
+    from modicum.data.splits import write_splits
+
+    folder = request.folder
+    fresh = folder.recorded() is None
+    cleared = folder.clear(clearing)
+    if cleared:
+        say(f"Cleared {_words(cleared)} of {folder}.")
+    if fresh or changes:
+        folder.record(prepared.settings, {"config": request.name, **provenance(), "inputs": request.inputs})
+        for line in summary(prepared):
+            say(line)
+    if fresh or changes or not (folder.path / "splits.csv").is_file():
+        write_splits(prepared.splits, folder.path / "splits.csv")
+
+
 def summary(prepared: Prepared) -> Iterator[str]:
     """What a person should know before a fresh run: the images, the labels, the hardware, every decided `auto` with its reason."""
     counts = prepared.splits["split"].value_counts()
@@ -195,20 +206,29 @@ def summary(prepared: Prepared) -> Iterator[str]:
 
 
 def run_stage(session: Session, stage: str) -> None:
-    """Runs a stage that is not done yet; it goes on from its own state. Raises InputError where the stage before it is missing."""
+    """Runs a stage that is not done yet; it goes on from its own state. Raises InputError where the stage before it is missing.
+
+    All ranks train; the first one alone writes, and evaluates.
+    """
+    from modicum import distributed
+
+    distributed.barrier()  # until rank 0 has written what this stage reads
+    if stage == "evaluate" and not is_rank_zero():
+        return
     folder, request = session.folder, session.request
     if folder.finished(stage, request.stages):
         say(f"Stage {NUMBER_WORDS[stage]}, {stage}: done already.")
-        if not request.done(stage):  # the same settings, said in other words
+        if is_rank_zero() and not request.done(stage):  # the same settings, said in other words
             folder.mark_done(stage, request.fingerprint(stage), request.stages)
         return
     _need_stages_before(session, stage)
     path = folder.stage(stage)
     path.mkdir(exist_ok=True)
-    with session.log.writing_to(path / "console.log"):
+    with session.log.writing_to(path / "console.log") if is_rank_zero() else nullcontext():
         say(f"Stage {NUMBER_WORDS[stage]}, {stage}: {'goes on' if folder.begun(stage) else 'begins'} in {path}")
         importlib.import_module(f"modicum.{stage}.run").run(session)
-    folder.mark_done(stage, request.fingerprint(stage), request.stages)
+    if is_rank_zero():
+        folder.mark_done(stage, request.fingerprint(stage), request.stages)
 
 
 def _need_stages_before(session: Session, stage: str) -> None:
@@ -261,6 +281,8 @@ def dry_run(request: Request, stages: Iterable[str], *, force: bool = False, aga
 
 def show_results(folder: RunFolder) -> None:
     """Prints the table of a finished run, and where its report lies, on standard output."""
+    if not is_rank_zero():
+        return
     path = folder.stage("evaluate") / "results.json"
     if not path.is_file():
         raise InputError(f"{path} is missing although the stage is done: run it again by --from evaluate.")
@@ -268,14 +290,6 @@ def show_results(folder: RunFolder) -> None:
     output = standard_output()
     output.print(table)
     output.print(f"Report: {folder.report}", markup=False)
-
-
-def standard_output() -> Console:
-    """For results; wide enough for a table where nobody's terminal limits it."""
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
-    return console
 
 
 def _words(names: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ import gc
 import io
 import itertools
 import json
+import os
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,8 +23,8 @@ from rich.text import Text
 from modicum.config import load_experiment
 from modicum.errors import InputError
 from modicum.files import write_atomically
-from modicum.record import say
-from modicum.session import Request, make_request, run_stages, standard_output
+from modicum.record import say, standard_output
+from modicum.session import Request, make_request, run_stages
 
 MOVED = ("seed", "finetune.label_seed")  # by the sweep itself
 FIXED = ("data.split_seed", "data.test_fraction")  # another test set is another question
@@ -64,6 +65,8 @@ def sweep(
     force: bool = False,
 ) -> None:
     """Runs what is not done, writes sweep.csv and sweep.md and prints the table. Raises InputError naming the run that failed."""
+    if "RANK" in os.environ:
+        raise InputError("A sweep runs in one process: under torchrun start its runs one by one, by `modicum run`.")
     root = run or Path("runs") / f"{Path(config).name.removesuffix('.yaml').removesuffix('.yml')}-sweep"
     members = list(_members(root, overrides, seeds, over))
     for member in members:  # all mistakes before the first hour of work

@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modicum.hardware import in_full_precision
 
+
+@in_full_precision
 def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float) -> Tensor:
     """Each query (N, D) against its key (N, D) and all `negatives` (K, D), rows of unit length (arXiv:1911.05722, equation 1)."""
     positive = (queries * keys).sum(dim=1, keepdim=True)  # (N, 1)
@@ -12,6 +15,7 @@ def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: floa
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
 
 
+@in_full_precision
 def nt_xent(first: Tensor, second: Tensor, all_first: Tensor, all_second: Tensor, offset: int, temperature: float) -> Tensor:
     """Each of this rank's 2N embeddings against the other view of its image, among all 2M of all ranks (arXiv:2002.05709, equation 1).
 

@@ -38,8 +38,9 @@ class KnnMonitor:
         mode = backbone.training
         backbone.eval()
         with self.hardware.autocast():
-            features = torch.cat([backbone(self.policy(part.to(self.hardware.device), {})).float() for part in self.pixels.split(BATCH)]).cpu().numpy()
+            parts = [backbone(self.policy(part.to(self.hardware.device), {})).float() for part in self.pixels.split(BATCH)]
         backbone.train(mode)
+        features = torch.cat(parts).cpu().numpy()
         bank, queries = normalise(features[self.num_queries :]), normalise(features[: self.num_queries])
         similarities, found = search(bank, queries, K)
         votes = scores(similarities, self.labels[self.num_queries :][found], [K], TEMPERATURE, self.num_classes)

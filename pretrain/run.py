@@ -3,13 +3,13 @@
 import math
 
 from modicum.checkpoint import Preprocessing, save_backbone
-from modicum.cli import stage_main
 from modicum.data.stream import Stream
 from modicum.exchange import initial_backbone
 from modicum.loop import Monitor, Training
 from modicum.method import find_method
 from modicum.optim import build_optimizer, parameter_groups, schedule_with_warmup
 from modicum.pretrain.monitor import KnnMonitor
+from modicum.record import is_rank_zero
 from modicum.resolve import num_steps, stage_facts, view_arguments
 from modicum.session import Session
 from modicum.views.policies import build_policy
@@ -25,19 +25,20 @@ def run(session: Session) -> None:
 
     views = view_arguments(experiment.data)
     rows = images.rows("train")  # test images are in no training stage
+    assert isinstance(settings.views, list)  # resolved
     policies = [build_policy(policy, **views) for policy in settings.views]
     stream = Stream.of(images, rows, policies, settings.batch_size, hardware.device, experiment.seed, "pretrain", "unlabelled")
     steps = num_steps(settings, len(rows))
     monitor = KnnMonitor(images, build_policy({"name": "none"}, **views), hardware, experiment.seed)
-    every = max(1, math.ceil(settings.monitor_epochs * len(rows) / settings.batch_size))
+    every = max(1, math.ceil(float(settings.monitor_epochs) * len(rows) / settings.batch_size))
 
-    groups = parameter_groups([(method, 1.0)], settings.optimizer.weight_decay)
+    groups = parameter_groups([(method, 1.0)], float(settings.optimizer.weight_decay))
     Training(
         title="pretrain",
         method=method,
         batch=lambda step: {"unlabelled": stream.sample(step)},
         optimizer=build_optimizer(settings.optimizer, groups),
-        schedule=schedule_with_warmup(settings.schedule, settings.warmup_epochs / settings.epochs),
+        schedule=schedule_with_warmup(settings.schedule, float(settings.warmup_epochs) / settings.epochs),
         steps=steps,
         batch_size=settings.batch_size,
         folder=folder,
@@ -46,8 +47,5 @@ def run(session: Session) -> None:
         log_every=settings.log_every,
         monitors=[Monitor(every, lambda: monitor.read(backbone))] if monitor.possible else [],
     ).run()
-    save_backbone(folder / "backbone", backbone, Preprocessing.of(experiment.data))
-
-
-def main() -> None:
-    stage_main("pretrain")
+    if is_rank_zero():
+        save_backbone(folder / "backbone", backbone, Preprocessing.of(experiment.data))

@@ -78,10 +78,10 @@ def house(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> House:
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
 
-    hardware = SimpleNamespace(describe=lambda: "cardboard")
+    hardware = SimpleNamespace(describe=lambda: "cardboard", device="cpu")
     replace("modicum.data.sources", load_images=lambda settings: SimpleNamespace(name=settings.name))
     replace("modicum.data.splits", make_splits=make_splits, write_splits=lambda splits, path: splits.to_csv(path, index=False))
-    replace("modicum.hardware", choose_hardware=lambda experiment: hardware)
+    monkeypatch.setattr("modicum.hardware.choose_hardware", lambda experiment: hardware)
     reason = SimpleNamespace(key="data.mirror", value=False, why="cardboard has no sides")
     replace("modicum.resolve", resolve=lambda experiment, images: (experiment, [reason]))
     for name in STAGES:

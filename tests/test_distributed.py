@@ -1,6 +1,10 @@
 """Two gloo ranks give the loss and the gradients of one process, where the mathematics says so."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +14,18 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import nn
 
+import modicum
 from modicum import distributed
 from modicum.config import DataSettings, TeacherSettings
 from modicum.data.images import Images
 from modicum.data.sources import load_images
 from modicum.data.stream import Stream
 from modicum.method import Facts, find_method
+from modicum.record import Metrics
 from modicum.views.policies import build_policy
 
 RANKS, BATCH = 2, 16
+SHORT = "pretrain.batch_size=64", "pretrain.epochs=0.5", "pretrain.log_every=1"
 VIEW = {"image_size": 16, "channels": 1, "mirror": False, "mean": [0.5], "std": [0.25]}
 
 
@@ -57,10 +64,15 @@ def two_steps(images: Images, name: str, settings: dict[str, Any]) -> dict[str, 
     return {"losses": torch.stack(losses)} | gradients | method.state_dict()
 
 
-def worker(rank: int, folder: str, images: Images, name: str, settings: dict[str, Any]) -> None:
+def join(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (Path(folder) / "port").read_text()}
+    port = (Path(folder) / "port").read_text()
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     distributed.start(torch.device("cpu"))
+
+
+def worker(rank: int, folder: str, images: Images, name: str, settings: dict[str, Any]) -> None:
+    join(rank, folder)
     result = two_steps(images, name, settings)
     if rank == 0:
         torch.save(result, f"{folder}/result.pt")
@@ -94,9 +106,7 @@ def test_two_ranks_equal_one(tmp_path: Path, name: str, settings: dict[str, Any]
 
 
 def gather_worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (Path(folder) / "port").read_text()}
-    distributed.start(torch.device("cpu"))
+    join(rank, folder)
     rows = (torch.arange(6.0).reshape(2, 3) + 10 * rank).requires_grad_()
     everyone = distributed.gather(rows)
     (everyone.square().sum() * (rank + 1)).backward()  # the loss of each rank reads the rows of all
@@ -112,3 +122,46 @@ def test_gather_keeps_rank_order_and_its_gradient_is_the_sum_over_ranks(tmp_path
         everyone, gradient = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert torch.equal(everyone, torch.cat([first, first + 10]))
         assert torch.equal(gradient, 3 * 2 * (first + 10 * rank))
+
+
+def torchrun(run: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`modicum pretrain digits` on two ranks; without the `--` torchrun takes --run for an option of its own."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", "-m", "modicum.cli", "--"]
+    return subprocess.Popen(
+        [*launcher, "pretrain", "digits", *arguments, "--run", str(run)],
+        env=os.environ | {"PYTHONPATH": str(Path(modicum.__file__).parent.parent), "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_under_torchrun_one_rank_writes_and_a_signal_saves(tmp_path: Path) -> None:
+    whole = torchrun(tmp_path / "whole", *SHORT)
+    told = whole.communicate()[1]
+    assert whole.returncode == 0, told
+    assert told.count("Stage one, pretrain: begins") == 1
+    assert sorted(path.name for path in (tmp_path / "whole" / "pretrain").iterdir()) == [
+        "backbone",
+        "console.log",
+        "done.json",
+        "metrics.csv",
+        "state.pt",
+    ]
+    assert [step for step, name, _ in Metrics.read(tmp_path / "whole" / "pretrain" / "metrics.csv") if name == "loss"] == list(range(1, 12))
+
+    stopped = tmp_path / "stopped" / "pretrain"
+    process = torchrun(tmp_path / "stopped", *SHORT)
+    while not (stopped / "metrics.csv").is_file() or len(Metrics.read(stopped / "metrics.csv")) < 4:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate()[1]
+    assert "the state is saved" in told
+    assert not (stopped / "backbone").exists()
+    again = torchrun(tmp_path / "stopped", *SHORT)
+    told = again.communicate()[1]
+    assert again.returncode == 0, told
+    assert "goes on" in told
+    for name in ("metrics.csv", "backbone/model.safetensors"):
+        assert (stopped / name).read_bytes() == (tmp_path / "whole" / "pretrain" / name).read_bytes()

@@ -30,7 +30,9 @@ def environment() -> dict[str, str]:
 
 
 def modicum(*arguments: str, cwd: Path, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, "-m", "modicum", *arguments], cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "modicum", *arguments], cwd=cwd, env=environment(), capture_output=True, text=True, check=False
+    )
     assert done.returncode == status, done.stderr
     return done
 
@@ -126,9 +128,15 @@ def assert_same(one: Any, other: Any, path: str = "") -> None:
 def test_a_run_killed_anywhere_goes_on_to_the_same_bits(finished: Path, tmp_path: Path) -> None:
     """SIGKILL at random moments of both stages, then the same command again: every tensor equals the uninterrupted run's."""
     run, draw = tmp_path / "runs" / "digits", random.Random(os.getpid())
-    moments = [("pretrain/state.pt", draw.randrange(1, 20)), ("finetune/state.pt", draw.randrange(1, 9)), ("finetune/baselines/random/state.pt", 4)]
+    moments = [
+        ("pretrain/state.pt", draw.randrange(1, 20)),
+        ("finetune/state.pt", draw.randrange(1, 9)),
+        ("finetune/baselines/random/state.pt", 4),
+    ]
     for state, step in moments:
-        process = subprocess.Popen([sys.executable, "-c", EAGER, "run", "digits", *SMALL], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", EAGER, "run", "digits", *SMALL], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE
+        )
         while process.poll() is None:
             if (run / state).is_file() and torch.load(run / state, weights_only=True)["step"] >= step:
                 process.send_signal(signal.SIGKILL)
@@ -139,7 +147,12 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bits(finished: Path, tmp_path
     modicum("run", "digits", *SMALL, cwd=tmp_path)
     reference = finished / "runs" / "digits"
     assert_same(states(reference), states(run))
-    for name in ("pretrain/metrics.csv", "finetune/metrics.csv", "pretrain/backbone/model.safetensors", "finetune/classifier/model.safetensors"):
+    for name in (
+        "pretrain/metrics.csv",
+        "finetune/metrics.csv",
+        "pretrain/backbone/model.safetensors",
+        "finetune/classifier/model.safetensors",
+    ):
         assert (run / name).read_bytes() == (reference / name).read_bytes(), name
     assert (run / "evaluate" / "predictions.csv").read_text() == (reference / "evaluate" / "predictions.csv").read_text()
 

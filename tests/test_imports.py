@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from modicum.session import make_request
 CHECKOUT = Path(modicum.__file__).parent.parent
 ABOVE = {"pretrain", "finetune", "evaluate", "pipelines"}
 ALLOWED = {"modicum": set(), "configs": set(), **{stage: {stage} for stage in STAGES}, "pipelines": ABOVE}
-HEAVY = {"torch", "torchvision", "timm", "sklearn", "faiss", "pandas", "matplotlib"}
+HEAVY = {"torch", "torchvision", "timm", "sklearn", "faiss", "pandas"}
 
 
 def source_files(floor: str) -> list[Path]:
@@ -96,6 +97,11 @@ def test_every_package_is_found_by_the_build() -> None:
     for floor in ALLOWED:
         missing = {path.parent for path in source_files(floor) if not (path.parent / "__init__.py").is_file()}
         assert missing == set()
+
+
+def test_the_two_lists_of_dependencies_agree() -> None:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert (CHECKOUT / "requirements.txt").read_text(encoding="utf-8").split() == [*project["dependencies"], "-e", "."]
 
 
 def test_no_source_file_is_long() -> None:

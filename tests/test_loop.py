@@ -50,7 +50,17 @@ def training(folder: Path, at: Any = None) -> Training:
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     hardware = Hardware(torch.device("cpu"), "fp32", 1)
     return Training(
-        "line", method, batch, optimizer, SCHEDULES["cosine"], STEPS, 16, folder, hardware, seed=0, log_every=5  # type: ignore[arg-type]
+        "line",
+        method,
+        batch,  # type: ignore[arg-type]
+        optimizer,
+        SCHEDULES["cosine"],
+        STEPS,
+        16,
+        folder,
+        hardware,
+        seed=0,
+        log_every=5,
     )
 
 

@@ -49,14 +49,18 @@ def variants() -> list[tuple[str, str, dict[str, Any]]]:
                 found.append((stage, name, easy))
                 continue
             norms = ["bn", "eman"] if stage == "finetune" else ["bn", "shuffle_bn", "eman"]
-            found += [(stage, name, easy | {"teacher": {"norm": norm, "groups": 2} if norm == "shuffle_bn" else {"norm": norm}}) for norm in norms]
+            found += [
+                (stage, name, easy | {"teacher": {"norm": norm, "groups": 2} if norm == "shuffle_bn" else {"norm": norm}}) for norm in norms
+            ]
             if "none" in get_args(get_args(fields["teacher"].annotation)[-1] if get_args(fields["teacher"].annotation) else None):
                 found.append((stage, name, easy | {"teacher": "none"}))
     return found
 
 
 VARIANTS = variants()
-every_variant = pytest.mark.parametrize(("stage", "name", "settings"), VARIANTS, ids=[f"{n}-{s.get('teacher', '')}" for _, n, s in VARIANTS])
+every_variant = pytest.mark.parametrize(
+    ("stage", "name", "settings"), VARIANTS, ids=[f"{n}-{s.get('teacher', '')}" for _, n, s in VARIANTS]
+)
 
 
 def build(stage: str, name: str, settings: dict[str, Any]) -> Method:

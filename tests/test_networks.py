@@ -16,7 +16,13 @@ from modicum.errors import InputError
 from modicum.exchange import initial_backbone
 from modicum.networks import Classifier, create_backbone
 
-CASES = [("resnet10_small", 16, 1), ("resnet18", 28, 1), ("resnet18", 64, 3), ("vit_tiny_patch16_224", 32, 3), ("mobilenetv3_small_050", 96, 3)]
+CASES = [
+    ("resnet10_small", 16, 1),
+    ("resnet18", 28, 1),
+    ("resnet18", 64, 3),
+    ("vit_tiny_patch16_224", 32, 3),
+    ("mobilenetv3_small_050", 96, 3),
+]
 
 
 def images(count: int, channels: int, size: int) -> torch.Tensor:

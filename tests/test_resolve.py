@@ -22,7 +22,14 @@ def resolved(digits: Images, *overrides: str) -> tuple[Experiment, dict[str, Rea
 def test_nothing_stays_auto_but_what_depends_on_the_machine(digits: Images) -> None:
     experiment, reasons = resolved(digits)
     left = {key for key, value in flatten(experiment.model_dump()).items() if value == AUTO}
-    assert left <= {"device", "precision", "backbone.stem", "data.test_fraction", "pretrain.method.teacher.groups", "finetune.method.teacher.groups"}
+    assert left <= {
+        "device",
+        "precision",
+        "backbone.stem",
+        "data.test_fraction",
+        "pretrain.method.teacher.groups",
+        "finetune.method.teacher.groups",
+    }
     assert all(reason.why for reason in reasons.values())
 
 

@@ -13,7 +13,7 @@ import modicum as package
 CHECKOUT = Path(package.__file__).parent.parent
 
 
-@pytest.mark.parametrize("module", ["modicum", "pipelines", "pretrain", "finetune"])
+@pytest.mark.parametrize("module", ["modicum", "modicum.cli", "pipelines", "pretrain", "finetune", "evaluate"])
 def test_python_m_in_a_bare_checkout(module: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

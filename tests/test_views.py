@@ -54,7 +54,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5)
 def test_blends_equal_torchvision(side, channels, kind, function):
     x = pictures(6, side, channels) / 255
     factor = torch.tensor([0.0, 0.3, 0.9, 1.0, 1.4, 3.0])
-    maps = colour.blend_maps(torch.full((6,), kind), factor, channels, x.device)
+    maps = colour.blend_maps(torch.full((6,), kind), factor, channels)
     close(colour.blend(x.flatten(2), *maps).view_as(x), one_by_one(function, x, factor))
 
 
@@ -63,7 +63,7 @@ def test_hue_equals_torchvision(side):
     turn = torch.tensor([-0.5, -0.4, -0.1, 0.0, 0.05, 0.3, 0.5])
     x = pictures(len(turn), side) / 255
     expected = one_by_one(TF.adjust_hue, x, turn)
-    colour.hue_(x.flatten(2), turn)
+    colour.hue_(x.flatten(2), colour.hue_offsets(turn))
     close(x, expected)
 
 
@@ -73,7 +73,7 @@ def test_hue_of_every_coarse_colour():
     colours = torch.cartesian_prod(level, level, level).t()[None, :, :, None]
     for turn in torch.linspace(-0.5, 0.5, 41):
         x = colours.clone()
-        colour.hue_(x.flatten(2), turn[None])
+        colour.hue_(x.flatten(2), colour.hue_offsets(turn[None]))
         close(x, TF.adjust_hue(colours, turn.item()))
 
 
@@ -105,7 +105,8 @@ def test_jitter_follows_the_order_of_every_image():
     for i in range(64):
         for kind in order[i].tolist():
             expected[i] = functions[kind](expected[i], factors[i, kind].item())
-    close(colour.color_jitter(x.flatten(2), order, factors).view_as(x), expected)
+    ends = torch.bincount(colour.hue_place(order), minlength=4).cumsum(0).tolist()
+    close(colour.color_jitter(x.flatten(2), colour.jitter_plan(order, factors, 3), ends).view_as(x), expected)
 
 
 @pytest.mark.parametrize(
@@ -119,22 +120,31 @@ def test_crops_equal_antialiased_resized_crop(side, size, channels):
     crops[0] = torch.tensor([0, 0, side, side])
     top, left, height, width = crops.unbind(1)
     flip = torch.arange(count) % 2 == 1
-    rows = geometry.crop_matrices(top, height, side, size)
-    columns = geometry.crop_matrices(left, width, side, size, flip)
+    first, length = torch.stack((top, left), 1), torch.stack((height, width), 1)
+    mirrored = torch.stack((torch.zeros_like(flip), flip), 1)
+    places = geometry.crop_places(first, length, side, size, mirrored)
+    rows, columns = geometry.triangle(*places, shrinks=size < side).unbind(1)
     x = images / 255
     expected = one_by_one(lambda image, *crop: TF.resized_crop(image, *crop, [size, size], antialias=True), x, *crops.unbind(1))
     expected = torch.where(flip[:, None, None, None], expected.flip(3), expected)
     close(geometry.separable(x, rows, columns), expected, 2e-5)
+    if size >= side:
+        taps = geometry.row_taps(*(tensor[:, 0] for tensor in places))
+        close(geometry.mix_columns(geometry.mix_rows(x, *taps), columns), expected, 2e-5)
 
 
 @pytest.mark.parametrize("side", [8, 32])
 def test_shift_equals_pad_and_crop(side):
     x = pictures(9, side) / 255
     offset = torch.arange(9) - 4
-    rows, columns = geometry.shift_matrices(offset, side), geometry.shift_matrices(offset.flip(0), side)
+    places = geometry.shift_places(torch.stack((offset, offset.flip(0)), 1), side, torch.zeros(9, 2, dtype=torch.bool))
+    rows, columns = geometry.triangle(*places, shrinks=False).unbind(1)
     padded = TF.pad(x, [4], padding_mode="reflect")
     expected = torch.stack([TF.crop(padded[i], i, 8 - i, side, side) for i in range(9)])
     assert torch.equal(geometry.separable(x, rows, columns), expected)
+    assert torch.equal(
+        geometry.mix_columns(geometry.mix_rows(x, *geometry.row_taps(*(tensor[:, 0] for tensor in places))), columns), expected
+    )
 
 
 @pytest.mark.parametrize(("side", "taps"), [(8, 3), (32, 3), (40, 5), (224, 23)])
@@ -226,7 +236,7 @@ def test_every_policy_repeats_and_slices_to_the_bit(name, side, channels):
     assert views.shape == (150, channels, side, side)
     assert views.dtype == torch.float32
     assert views.isfinite().all()
-    assert views.is_contiguous(memory_format=torch.channels_last)
+    assert views.is_contiguous()
     again = p.draw(generator(0, "view", 1), 150)
     assert all(torch.equal(draws[key], again[key]) for key in draws)
     assert torch.equal(p(images, again), views)
@@ -267,8 +277,11 @@ def test_autocast_does_not_touch_the_views():
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_images_that_may_not_be_mirrored_never_are(name):
-    assert "flip" not in policy(name, mirror=False).draw(generator(0), 4)
-    assert policy(name).recipe.flip_probability == (0 if name == "none" else 0.5)
+    never, sometimes, images = policy(name, mirror=False), policy(name), pictures(20)
+    assert sometimes.recipe.flip_probability == (0 if name == "none" else 0.5)
+    draws = never.draw(generator(0), 20)
+    assert "flip" not in draws
+    assert torch.equal(never(images, draws), sometimes(images, draws | {"flip": torch.zeros(20, dtype=torch.bool)}))
 
 
 def test_flips_and_other_chances_happen_as_often_as_asked():

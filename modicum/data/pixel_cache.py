@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from modicum.config import Auto
-from modicum.data.atomic import atomic_file
 from modicum.data.decode import UNREADABLE, decode, reason, survey
 from modicum.data.fingerprint import digest
 from modicum.data.listing import Tree, refuse
 from modicum.errors import InputError
+from modicum.files import replacing
 from modicum.record import progress
 
 VERSION = 1  # raised when decoding changes, so that older files are made anew
@@ -83,7 +83,7 @@ def _build(tree: Tree, image_size: int | Auto, channels: int | Auto, place: Path
     rest = [number for number in everything if number not in failures]
     digests = []
     try:
-        with atomic_file(place / f"{key}.digests.npy") as digest_file, atomic_file(place / f"{key}.npy") as file:
+        with replacing(place / f"{key}.digests.npy") as digest_file, replacing(place / f"{key}.npy") as file:
             # Written from front to back rather than through a mapping: a full disk is then an error, not the end of the process.
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
             for _, pixels in _attempt("decoding images", lambda path: decode(path, image_size, channels), tree, rest, failures):

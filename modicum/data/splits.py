@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 
 from modicum.config import FinetuneSettings
-from modicum.data.atomic import atomic_file
 from modicum.data.images import Images
 from modicum.data.stratify import apportion, draw_by_class, hold_out
 from modicum.errors import InputError
+from modicum.files import write_table
 from modicum.randomness import seed_of
 
 COLUMNS = ["id", "path", "label", "split"]
@@ -105,14 +105,13 @@ def make_splits(images: Images, finetune: FinetuneSettings) -> pd.DataFrame:
 
 def write_splits(splits: pd.DataFrame, path: Path) -> None:
     """The table as CSV, the same bytes for the same table, whole or not at all."""
-    with atomic_file(path) as file:
-        file.write(splits[COLUMNS].to_csv(index=False, lineterminator="\n").encode())
+    write_table(path, splits[COLUMNS])
 
 
 def read_splits(path: Path) -> pd.DataFrame:
     """What `write_splits` wrote: ids and paths stay text, whatever they look like. Raises InputError naming the file."""
     try:
-        splits = pd.read_csv(path, dtype={"id": str, "path": str, "label": "int64", "split": str}, keep_default_na=False)
+        splits = pd.read_csv(path, dtype={"id": "str", "path": "str", "label": "int64", "split": "str"}, keep_default_na=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as a table of splits: {' '.join(str(error).split())}") from None
     if list(splits.columns) != COLUMNS or not set(splits["split"]) <= SPLITS:

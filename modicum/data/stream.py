@@ -80,7 +80,14 @@ class Stream:
 
     @classmethod
     def of(
-        cls, images: Images, rows: np.ndarray, policies: list[Policy], batch_size: int, device: torch.device, *keys: int | str, labelled: bool = False
+        cls,
+        images: Images,
+        rows: np.ndarray,
+        policies: list[Policy],
+        batch_size: int,
+        device: torch.device,
+        *keys: int | str,
+        labelled: bool = False,
     ) -> "Stream":
         pixels = images.pixels.to(device) if device.type != "cpu" and images.pixels.nbytes <= ON_DEVICE_BYTES else images.pixels
         labels = torch.tensor(images.labels[rows]) if labelled else torch.empty(0, dtype=torch.int64)

@@ -29,7 +29,8 @@ class Architecture:
     arguments: dict[str, Any] = field(default_factory=dict)
     stem: Stem = field(default_factory=dict)
 
-    def build(self, num_classes: int = 0) -> nn.Module:
+    def build(self, num_classes: int = 0) -> Any:
+        """timm's network: an nn.Module with attributes of timm's own, which nn.Module does not declare."""
         network = timm.create_model(self.name, in_chans=self.channels, num_classes=num_classes, **self.arguments)
         apply_stem(network, self.stem)
         return network
@@ -59,9 +60,8 @@ def choose_architecture(settings: BackboneSettings, channels: int, image_size: i
     name, arguments = OURS.get(settings.name, (settings.name, {}))
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, [*OURS, *timm.list_models()], n=3)
-        raise InputError(
-            f"Unknown architecture backbone.name = {settings.name!r}" + (f": did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them.")
-        )
+        advice = f": did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists them."
+        raise InputError(f"Unknown architecture backbone.name = {settings.name!r}{advice}")
     small = settings.stem == "small" or (settings.stem == "auto" and image_size <= SMALL_IMAGE)
     with torch.device("meta"):
         if takes_image_size(name):
@@ -76,4 +76,5 @@ def choose_architecture(settings: BackboneSettings, channels: int, image_size: i
 
 def takes_image_size(name: str) -> bool:
     """Whether timm builds this network for one fixed image size (vision transformers)."""
-    return bool(timm.get_pretrained_cfg(name, allow_unregistered=True) and timm.get_pretrained_cfg(name).fixed_input_size)
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return known is not None and known.fixed_input_size

@@ -13,7 +13,13 @@ SMALL_IMAGE = 64  # px; `stem: auto` is small up to here
 # Module path -> arguments of nn.Conv2d, or None for nn.Identity.
 Stem = dict[str, dict[str, Any] | None]
 # The first convolution and, where there is one, the pooling behind it, of the families of timm's convolutional networks.
-FIRST_LAYERS = [("conv1", "maxpool"), ("conv_stem", None), ("features.conv0", "features.pool0"), ("stem.conv", "stem.pool"), ("stem.0", None)]
+FIRST_LAYERS = [
+    ("conv1", "maxpool"),
+    ("conv_stem", None),
+    ("features.conv0", "features.pool0"),
+    ("stem.conv", "stem.pool"),
+    ("stem.0", None),
+]
 
 
 def small_stem(network: nn.Module, name: str) -> Stem | None:
@@ -50,6 +56,7 @@ def require_small_stem(network: nn.Module, name: str) -> Stem:
 def apply_stem(network: nn.Module, stem: Stem) -> None:
     for path, arguments in stem.items():
         parent, _, name = path.rpartition(".")
-        setattr(network.get_submodule(parent), name, nn.Identity() if arguments is None else nn.Conv2d(**arguments))
-        if arguments is not None:
-            nn.init.kaiming_normal_(network.get_submodule(path).weight, mode="fan_out", nonlinearity="relu")
+        layer = nn.Identity() if arguments is None else nn.Conv2d(**arguments)
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        setattr(network.get_submodule(parent), name, layer)

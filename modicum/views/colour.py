@@ -20,12 +20,12 @@ def greyscale(x: Tensor) -> Tensor:
     return luma[:, None].expand_as(x)
 
 
-def blend_maps(kind: Tensor, factor: Tensor, channels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def blend_maps(kind: Tensor, factor: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """What `blend` needs for kinds and factors of any shape (...): how channels mix (..., C, C), the share of the mean (..., C)."""
     luma = torch.tensor(GREY if channels == 3 else (1.0,))
     rest = 1 - factor
     matrix = factor[..., None, None] * torch.eye(channels) + (rest * (kind == SATURATION))[..., None, None] * luma
-    return matrix.to(device), ((rest * (kind == CONTRAST))[..., None] * luma).to(device)
+    return matrix, (rest * (kind == CONTRAST))[..., None] * luma
 
 
 def blend(x: Tensor, matrix: Tensor, towards_mean: Tensor) -> Tensor:
@@ -37,12 +37,21 @@ def blend(x: Tensor, matrix: Tensor, towards_mean: Tensor) -> Tensor:
     return torch.baddbmm(offset, matrix, x).clamp_(0, 1)
 
 
-def hue_(x: Tensor, turn: Tensor) -> None:
-    """Turns the hue of `x` (B, 3, P) in place by `turn` (B,) in -0.5..0.5 of the circle, exact in HSV.
+def hue_offsets(turn: Tensor) -> Tensor:
+    """What `hue_` adds to the hue of a colour to see how far it is from red, green and blue after `turn` (B,): (B, 3).
+
+    Green lies at 2 or -4 sixths of the circle, blue at 4 or -2: that one which keeps the distance below 7, where one fold suffices.
+    """
+    centre = torch.where(turn[:, None] < 0, torch.tensor((0.0, -4.0, -2.0)), torch.tensor((0.0, 2.0, 4.0)))
+    return 6 * turn[:, None] - centre
+
+
+def hue_(x: Tensor, offset: Tensor) -> None:
+    """Turns the hue of `x` (B, 3, P) in place by -0.5..0.5 of the circle, exact in HSV; offset (B, 3) from `hue_offsets`.
 
     Without the six-fold case distinction, because comparisons cost ten times an addition. With the smallest channel moved to 0 and the
     largest to 1, a colour lies 1 + g + b - r sixths of the circle away from red, on the side of green or of blue;
-    and a channel is worth clamp(2 - d, 0, 1) at distance d from its own hue. Distances on the circle are |3 - ||h - centre| - 3||.
+    and a channel is worth clamp(2 - d, 0, 1) at distance d from its own hue. Distances on the circle are 3 - ||h - centre| - 3|.
     """
     red, green, blue = x.unbind(1)
     low = torch.minimum(red, green)
@@ -51,31 +60,33 @@ def hue_(x: Tensor, turn: Tensor) -> None:
     torch.maximum(chroma, blue, out=chroma).sub_(low)
     distance = (green + blue).sub_(red).sub_(low).div_(chroma.clamp_min(1e-20)).add_(1)
     hue = torch.copysign(distance, green - blue)  # -3..3
-    # Green's hue is 2 or -4, blue's 4 or -2: of the two that one which keeps |h - centre| below 7, where one fold suffices.
-    centre = torch.where(turn[:, None] < 0, turn.new_tensor((0.0, -4.0, -2.0)), turn.new_tensor((0.0, 2.0, 4.0)))
-    offset = (6 * turn[:, None] - centre)[..., None]
-    torch.add(hue[:, None], offset, out=x).abs_().sub_(3).abs_().clamp_(1, 2)
+    torch.add(hue[:, None], offset[..., None], out=x).abs_().sub_(3).abs_().clamp_(1, 2)
     x.mul_(chroma[:, None]).add_(low.sub_(chroma)[:, None])
 
 
-def color_jitter(x: Tensor, order: Tensor, factors: Tensor) -> Tensor:
-    """Every image does its own sequence of operations, as torchvision's ColorJitter of one image.
+def jitter_plan(order: Tensor, factors: Tensor, channels: int) -> dict[str, Tensor]:
+    """What `color_jitter` needs, on the CPU, leading dimension B.
 
-    order (B, n): brightness, contrast, saturation and hue, or the same some of them for all, permuted; factors (B, 4); both on the CPU.
-    The images must be sorted by `hue_place`: those that turn their hue at the same moment lie together, so no pixel is moved for it.
+    order (B, n): brightness, contrast, saturation and hue, or the same some of them for all, permuted; factors (B, 4).
     """
-    kinds = order[order != HUE].view(len(x), -1)
-    mixes = blend_maps(kinds.t(), factors.gather(1, kinds).t(), x.shape[1], x.device)
-    turns = kinds.shape[1] < order.shape[1]
-    ends = torch.bincount(hue_place(order), minlength=order.shape[1]).cumsum(0).tolist()
-    angle = factors[:, HUE].to(x.device)
+    kinds = order[order != HUE].view(len(order), -1)
+    mix, towards_mean = blend_maps(kinds, factors.gather(1, kinds), channels)
+    return {"mix": mix, "towards_mean": towards_mean, "hue": hue_offsets(factors[:, HUE])}
+
+
+def color_jitter(x: Tensor, plan: dict[str, Tensor], hue_ends: list[int]) -> Tensor:
+    """Every image does its own sequence of operations, as torchvision's ColorJitter of one image; `plan` on the device of `x`.
+
+    The images must be sorted by `hue_place`, so that those that turn their hue at the same moment lie together and no pixel is moved for
+    it: after p blends those up to `hue_ends[p]` have done so (empty: no hue).
+    """
     start = 0
-    for place in range(order.shape[1]):
-        if turns and ends[place] > start:
-            hue_(x[start : ends[place]], angle[start : ends[place]])
-            start = ends[place]
-        if place < kinds.shape[1]:
-            x = blend(x, mixes[0][place], mixes[1][place])
+    for place in range(plan["mix"].shape[1] + 1):
+        if hue_ends and hue_ends[place] > start:
+            hue_(x[start : hue_ends[place]], plan["hue"][start : hue_ends[place]])
+            start = hue_ends[place]
+        if place < plan["mix"].shape[1]:
+            x = blend(x, plan["mix"][:, place], plan["towards_mean"][:, place])
     return x
 
 

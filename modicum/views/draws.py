@@ -27,14 +27,13 @@ def draw_crops(scale: tuple[float, float], ratio: tuple[float, float], side: int
     """
     area = _even(generator, *scale, batch, ATTEMPTS) * side**2
     shape = _even(generator, math.log(ratio[0]), math.log(ratio[1]), batch, ATTEMPTS).exp_()
-    width = (area * shape).sqrt_().round_().long().clamp_min(1)
-    height = (area / shape).sqrt_().round_().long().clamp_min(1)
+    width, height = (area * shape).sqrt_().round_(), (area / shape).sqrt_().round_()
     fits = (width <= side) & (height <= side)
-    first = fits.long().argmax(1, keepdim=True)
+    first = fits.byte().argmax(1, keepdim=True)
     nearest = min(max(1.0, ratio[0]), ratio[1])
     found = fits.any(1)
-    width = torch.where(found, width.gather(1, first)[:, 0], round(side * min(1.0, nearest)))
-    height = torch.where(found, height.gather(1, first)[:, 0], round(side / max(1.0, nearest)))
+    width = torch.where(found, width.gather(1, first)[:, 0], round(side * min(1.0, nearest))).long().clamp_min_(1)
+    height = torch.where(found, height.gather(1, first)[:, 0], round(side / max(1.0, nearest))).long().clamp_min_(1)
     place = torch.rand(batch, 2, generator=generator)
     place = torch.where(found[:, None], place, torch.full_like(place, 0.5))
     free = side - torch.stack((height, width), 1)

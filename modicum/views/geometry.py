@@ -1,8 +1,8 @@
-"""Where a pixel comes from: crop-and-resize, shift, flip and blur as two batched matrix products, and affine maps.
+"""Where a pixel comes from: crop-and-resize, shift, flip and blur, row by row and column by column, and affine maps.
 
 A separable resampling of an image is `rows @ image @ columns.T`. Each image has its own pair of matrices, so one batched product does
-different crops of every image at once, exactly as the antialiased resize of one image would (on two cores 32 px RGB takes 6
-microseconds an image; the matrices are mostly zeros, which at 224 px costs more than it should on a CPU and nothing on a GPU).
+different crops of every image at once, exactly as the antialiased resize of one image would. Where nothing shrinks, a row of the
+result is a mixture of two rows of the image: gathering those beats a product with mostly zeros.
 """
 
 import torch
@@ -12,15 +12,45 @@ from torch.nn import functional as F
 
 def separable(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Resamples every channel of float `x` (B, C, S, S) by `rows` and `columns` (B, T, S) -> (B, C, T, T)."""
+    return torch.matmul(rows[:, None], mix_columns(x, columns))
+
+
+def mix_columns(x: Tensor, columns: Tensor) -> Tensor:
+    """(B, C, T, S) times `columns` (B, U, S) -> (B, C, T, U)."""
+    batch, channels, height, side = x.shape
+    return torch.bmm(x.reshape(batch, channels * height, side), columns.transpose(1, 2)).view(batch, channels, height, -1)
+
+
+def mix_rows(x: Tensor, low: Tensor, high: Tensor, share: Tensor) -> Tensor:
+    """Rows `low` and `high` (int64 (B, T)) of `x` (B, C, S, S), mixed with `share` (B, T) of the latter: (B, C, T, S)."""
     batch, channels, side, _ = x.shape
-    x = torch.bmm(x.reshape(batch, channels * side, side), columns.transpose(1, 2)).view(batch, channels, side, -1)
-    return torch.matmul(rows[:, None], x)
+    first = torch.arange(0, batch * channels * side, side, device=x.device).view(batch, channels, 1)
+    flat = x.view(-1, side)
+    above = flat.index_select(0, (first + low[:, None]).flatten()).view(batch, channels, -1, side)
+    below = flat.index_select(0, (first + high[:, None]).flatten()).view_as(above)
+    return above.add_(below.sub_(above).mul_(share[:, None, :, None]))
 
 
-def _places(count: int, mirrored: Tensor | None, device: torch.device) -> Tensor:
-    """Output positions (1 or B, count), counted from the right where `mirrored` (B,) is true."""
-    places = torch.arange(count, device=device)[None]
-    return places if mirrored is None else places + mirrored[:, None] * (count - 1 - 2 * places)
+def row_taps(pixel: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `mix_rows` needs for the rows of `triangle(pixel, place)`, where nothing shrinks."""
+    source = place - pixel[..., :1]
+    low = source.floor()
+    return low.long(), source.ceil().long(), source - low
+
+
+def triangle(pixel: Tensor, place: Tensor, shrinks: bool) -> Tensor:
+    """Matrices (B, ..., T, S) that weigh source `pixel` (B, ..., S) for output `place` (B, ..., T) by 1 - distance.
+
+    Where it shrinks, the weights of a place need not add up to one, and are divided by their sum.
+    """
+    weight = (pixel[..., None, :] - place[..., None]).abs_().neg_().add_(1).clamp_min_(0)
+    return weight.div_(weight.sum(-1, keepdim=True)) if shrinks else weight
+
+
+def _counted(count: int, mirrored: Tensor) -> Tensor:
+    """Output positions (..., count), counted from the right where `mirrored` (...) is true."""
+    places = torch.arange(count, device=mirrored.device).float()
+    return places + mirrored[..., None].float() * (count - 1 - 2 * places)
 
 
 def _reflect(index: Tensor, side: int) -> Tensor:
@@ -28,27 +58,26 @@ def _reflect(index: Tensor, side: int) -> Tensor:
     return (side - 1) - ((side - 1) - index.abs()).abs()
 
 
-def crop_matrices(first: Tensor, length: Tensor, side: int, size: int, mirrored: Tensor | None = None) -> Tensor:
-    """Cuts `length` pixels from `first` on (int64 (B,)) out of `side` and resizes them to `size`: (B, size, side).
+def crop_places(first: Tensor, length: Tensor, side: int, size: int, mirrored: Tensor) -> tuple[Tensor, Tensor]:
+    """Cuts `length` pixels from `first` on (any shape) of `side` and resizes them to `size`: pixel and place of `triangle`.
 
-    Bilinear; where it shrinks, the triangle widens with it (antialiasing, as `resize(antialias=True)`).
+    Bilinear; where it shrinks, the unit is the width of the triangle (antialiasing, as `resize(antialias=True)`).
     """
-    scale = (length / size)[:, None]
-    centre = (_places(size, mirrored, first.device) + 0.5) * scale  # within the crop, where float32 is most precise
-    pixel = (torch.arange(side, device=first.device) - first[:, None]).float()
-    if size >= side:  # no crop shrinks: where one of two taps would lie outside, the other has it all
-        centre = centre.clamp_min_(0.5).minimum(length[:, None] - 0.5)
-        return (1 - ((pixel + 0.5)[:, None] - centre[..., None]).abs_()).clamp_min_(0)
+    length, first = length[..., None].float(), first[..., None].float()
+    scale = length / size
+    place = (_counted(size, mirrored) + 0.5) * scale  # within the crop, where float32 is most precise
+    pixel = torch.arange(side, device=first.device) - first
+    if size >= side:  # no crop shrinks: where one of the two taps would lie outside, the other has it all
+        return pixel + 0.5, place.clamp_min_(0.5).minimum(length - 0.5)
     support = scale.clamp_min(1.0)
-    weight = (1 - (((pixel + 0.5) / support)[:, None] - (centre / support)[..., None]).abs_()).clamp_min_(0)
-    weight.mul_(((pixel >= 0) & (pixel < length[:, None]))[:, None])
-    return weight.div_(weight.sum(-1, keepdim=True))
+    far = (pixel < 0) | (pixel >= length)
+    return ((pixel + 0.5) / support).masked_fill_(far, -9.0), place / support
 
 
-def shift_matrices(offset: Tensor, side: int, mirrored: Tensor | None = None) -> Tensor:
-    """Moves by `offset` pixels (int64 (B,), below `side`), filling by reflection: (B, side, side)."""
-    source = _reflect(_places(side, mirrored, offset.device) + offset[:, None], side).float()
-    return 1 - (torch.arange(side, device=offset.device) - source[..., None]).abs_().clamp_max_(1)
+def shift_places(offset: Tensor, side: int, mirrored: Tensor) -> tuple[Tensor, Tensor]:
+    """Moves by `offset` pixels (whole numbers, any shape, below `side`), filling by reflection: pixel and place of `triangle`."""
+    place = _reflect(_counted(side, mirrored) + offset[..., None], side)
+    return torch.arange(side, device=offset.device).float().expand_as(place), place
 
 
 def blur_matrices(sigma: Tensor, taps: int, side: int) -> Tensor:

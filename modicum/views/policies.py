@@ -19,8 +19,8 @@ from modicum.views import colour, geometry, randaugment
 from modicum.views.draws import draw
 from modicum.views.recipes import Recipe, recipe_of
 
-# Floats worked on at once on a CPU: 162 RGB images of 32 px. Fewer cost calls (a microsecond each), more fall out of the cache.
-CACHED_VALUES = 500_000
+# Floats worked on at once on a CPU: 130 RGB images of 32 px. Fewer cost calls (a microsecond each), more fall out of the cache.
+CACHED_VALUES = 400_000
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,18 @@ class Policy:
         """Side of the views in pixels."""
         return self.recipe.size or self.image_size
 
+    @property
+    def _shrinks(self) -> bool:
+        """Whether a crop may be larger than its view."""
+        return self.size < self.image_size
+
     def draw(self, generator: torch.Generator, batch: int) -> dict[str, Tensor]:
         """The random numbers of `batch` views: CPU tensors, leading dimension `batch`. A rank slices every one, and its images alike."""
         return draw(self.recipe, self.image_size, generator, batch)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, draws: dict[str, Tensor]) -> Tensor:
-        """uint8 `images` (B, C, S, S) on any device, draws of the same B -> normalised float32 (B, C, size, size) there, channels last.
+        """uint8 `images` (B, C, S, S) on any device, draws of the same B -> normalised float32 (B, C, size, size) there.
 
         Always float32, also under autocast. On a GPU, allowing TF32 for matrix products loosens crops and colours to about 1e-3.
         """
@@ -53,22 +58,23 @@ class Policy:
         assert images.dtype == torch.uint8
         assert images.shape[1:] == (self.channels, self.image_size, self.image_size)
         assert all(len(value) == batch for value in draws.values())
-        full = contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-        out = torch.empty((batch, self.size, self.size, self.channels), device=device)
         order = self._order(draws)
+        if order is not None:
+            draws = {key: value[order] for key, value in draws.items()}
+            order = order.to(device)
+        plan = {key: value.to(device) for key, value in self._plan(draws).items()}
+        out = torch.empty((batch, self.channels, self.size, self.size), device=device)
         together = max(1, CACHED_VALUES // (self.channels * self.image_size**2)) if device.type == "cpu" else max(1, batch)
+        full = contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
         with full:
             for start in range(0, batch, together):
                 part = slice(start, start + together)
-                if order is None:
-                    views = self._views(images[part], {key: value[part] for key, value in draws.items()})
-                else:
-                    some = order[part]
-                    views = self._views(images.index_select(0, some.to(device)), {key: value[some] for key, value in draws.items()})
-                torch.stack(views.unbind(1), -1, out=out[part])
+                some = images[part] if order is None else images.index_select(0, order[part])
+                self._views(some, {key: v[part] for key, v in draws.items()}, {key: v[part] for key, v in plan.items()}, out[part])
         if order is not None:
-            out = out.flatten(1).index_select(0, order.argsort().to(device)).view_as(out)
-        return out.permute(0, 3, 1, 2)
+            back = torch.empty_like(order).scatter_(0, order, torch.arange(batch, device=device))
+            out = out.index_select(0, back)
+        return out
 
     def _order(self, draws: dict[str, Tensor]) -> Tensor | None:
         """Positions that bring together the images that turn their hue at the same moment, those without jitter last."""
@@ -77,14 +83,44 @@ class Policy:
         last = draws["order"].shape[1]
         return colour.hue_place(draws["order"]).masked_fill_(~draws["jitter"], last).argsort(stable=True)
 
-    def _views(self, images: Tensor, draws: dict[str, Tensor]) -> Tensor:
-        """A part of the batch that fits the cache, in the order of `_order`: (b, C, size, size), normalised."""
+    def _plan(self, draws: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the device needs of the draws, computed for the whole batch: a small operation costs as much for 1 image as for 500."""
+        plan: dict[str, Tensor] = {}
+        flip = draws.get("flip", torch.tensor(False))
+        mirrored = torch.stack((torch.zeros_like(flip), flip), -1)  # rows, columns
+        if "crop" in draws:
+            first, length = draws["crop"].view(-1, 2, 2).unbind(1)
+            pixel, place = geometry.crop_places(first, length, self.image_size, self.size, mirrored)
+        elif "shift" in draws:
+            pixel, place = geometry.shift_places(draws["shift"], self.image_size, mirrored)
+        if ("crop" in draws or "shift" in draws) and self._shrinks:
+            plan |= {"pixel": pixel, "place": place}
+        elif "crop" in draws or "shift" in draws:
+            plan |= dict(zip(("low", "high", "share"), geometry.row_taps(pixel[:, 0], place[:, 0]), strict=True))
+            plan |= {"pixel": pixel[:, 1], "place": place[:, 1]}
+        if "jitter" in draws:
+            plan |= colour.jitter_plan(draws["order"], draws["factors"], self.channels)
+        return plan
+
+    def _views(self, images: Tensor, draws: dict[str, Tensor], plan: dict[str, Tensor], out: Tensor) -> None:
+        """A part of the batch that fits the cache, in the order of `_order`, into `out` (b, C, size, size)."""
         recipe, device = self.recipe, images.device
-        x = self._resample(images, draws)
+        x = images.float()
+        if "place" in plan:
+            matrices = geometry.triangle(plan["pixel"], plan["place"], self._shrinks)
+            if self._shrinks:
+                x = geometry.separable(x.div_(255), *matrices.unbind(1))
+            else:
+                x = geometry.mix_rows(x, plan["low"], plan["high"], plan["share"])
+                x = geometry.mix_columns(x, matrices.div_(255))
+        else:
+            x.div_(255)
+            if "flip" in draws:
+                _where(draws["flip"], x, lambda part: part.flip(3))
         if "gray" in draws and recipe.gray_first:
             _where(draws["gray"], x, _greyscale)
         if "jitter" in draws:
-            self._jitter(x, draws)
+            x = self._jitter(x, draws, plan)
         if "gray" in draws and not recipe.gray_first:
             _where(draws["gray"], x, _greyscale)
         if "operation" in draws:
@@ -98,37 +134,26 @@ class Policy:
         if "solarize" in draws:
             _where(draws["solarize"], x, lambda part: colour.solarize(part, 0.5))
         scale = torch.tensor(self.std).reciprocal()[:, None, None]
-        x.mul_(scale.to(device)).sub_((torch.tensor(self.mean)[:, None, None] * scale).to(device))
+        torch.sub(x.mul_(scale.to(device)), (torch.tensor(self.mean)[:, None, None] * scale).to(device), out=out)
         if "cutout" in draws:  # after normalisation, so that zero is the mean colour
             pixel = (torch.arange(self.size, device=device) + 0.5) / self.size
             covered = (pixel - draws["cutout"].to(device)[..., None]).abs_() < recipe.cutout / 2
-            x.masked_fill_((covered[:, 0, :, None] & covered[:, 1, None, :])[:, None], 0)
-        return x
+            out.masked_fill_((covered[:, 0, :, None] & covered[:, 1, None, :])[:, None], 0)
 
-    def _resample(self, images: Tensor, draws: dict[str, Tensor]) -> Tensor:
-        """uint8 (b, C, S, S) -> float (b, C, size, size) in 0..1: crop or shift, and flip, in one pair of products."""
-        device, side = images.device, self.image_size
-        x = images.float()
-        flip = draws["flip"] if "flip" in draws else torch.zeros(len(x), dtype=torch.bool)
-        mirrored = torch.cat((torch.zeros_like(flip), flip)).to(device)
-        if "crop" in draws:
-            first, length = draws["crop"].view(-1, 2, 2).permute(1, 2, 0).flatten(1).to(device)  # rows of all images, then columns
-            matrices = geometry.crop_matrices(first, length, side, self.size, mirrored)
-        elif "shift" in draws:
-            matrices = geometry.shift_matrices(draws["shift"].t().flatten().to(device), side, mirrored)
-        else:
-            return _where(flip, x.div_(255), lambda part: part.flip(3))
-        rows, columns = matrices.view(2, len(x), self.size, side)
-        return geometry.separable(x, rows, columns.div_(255))
-
-    def _jitter(self, x: Tensor, draws: dict[str, Tensor]) -> None:
-        """In place. The images with jitter come first where `_order` has sorted them; else they are picked."""
-        jitter, order, factors = draws["jitter"], draws["order"], draws["factors"]
+    def _jitter(self, x: Tensor, draws: dict[str, Tensor], plan: dict[str, Tensor]) -> Tensor:
+        """Consumes `x`. The images with jitter come first where `_order` has sorted them; else they are picked."""
+        jitter = draws["jitter"]
+        keys = ("mix", "towards_mean", "hue")
         if not self.recipe.hue:
-            _where(jitter, x, lambda part: colour.color_jitter(part.flatten(2), order[jitter], factors[jitter]))
-        elif count := int(jitter.sum()):  # read from a CPU tensor
-            flat = x.flatten(2)[:count]
-            flat.copy_(colour.color_jitter(flat, order[:count], factors[:count]))
+            index = jitter.nonzero()[:, 0].to(x.device)
+            picked = {key: plan[key].index_select(0, index) for key in keys}
+            return _where(jitter, x, lambda part: colour.color_jitter(part.flatten(2), picked, []))
+        if count := int(jitter.sum()):  # read from a CPU tensor
+            order = draws["order"][:count]
+            ends = torch.bincount(colour.hue_place(order), minlength=order.shape[1]).cumsum(0).tolist()
+            jittered = colour.color_jitter(x.flatten(2)[:count], {key: plan[key][:count] for key in keys}, ends).unflatten(2, x.shape[2:])
+            return jittered if count == len(x) else torch.cat((jittered, x[count:]))
+        return x
 
 
 def _greyscale(x: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def _column(amount: Tensor, x: Tensor) -> Tensor:
 
 def _blend(x: Tensor, operation: Tensor, amount: Tensor) -> Tensor:
     kind = operation - OPERATIONS.index(BLENDS[0])
-    return colour.blend(x.flatten(2), *colour.blend_maps(kind, amount, x.shape[1], x.device))
+    matrix, towards_mean = colour.blend_maps(kind, amount, x.shape[1])
+    return colour.blend(x.flatten(2), matrix.to(x.device), towards_mean.to(x.device))
 
 
 # Each takes images (B, C, S, S) and, on the CPU, their operations and amounts (B,); operations of one line share a kernel.

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge
 from torch import nn
 
-from modicum.config import AUTO, TeacherSettings
+from modicum.config import TeacherSettings
 from modicum.data.stream import Batch
 from modicum.method import Decisions, Facts, Loss, Method, Progress, Recipe, decide_teacher
 from modicum.networks import Backbone, mlp
@@ -36,6 +36,9 @@ class BYOL(Method):
         self.predictor = mlp(embedding_size, hidden_size, embedding_size, norm=True)
         self.teacher = Teacher(self.student, teacher)
 
+    def prepare(self, batch: Batch) -> None:
+        self.teacher.start(self.student, batch["unlabelled"].view(0))
+
     def forward(self, batch: Batch) -> Loss:
         images = batch["unlabelled"]
         predictions = [self.predictor(in_groups(self.student, images.view(number), self.teacher.groups)).float() for number in (0, 1)]
@@ -48,4 +51,4 @@ class BYOL(Method):
 
     @classmethod
     def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
-        return decide_teacher(settings["teacher"], facts, momentum=0.996)
+        return decide_teacher(settings["teacher"], facts, momentum=0.996, share=0.25)

@@ -44,6 +44,9 @@ class MoCoV2(Method):
         self.queue = Queue(queue_size, embedding_size, seed)
         self.temperature = temperature
 
+    def prepare(self, batch: Batch) -> None:
+        self.teacher.start(self.student, batch["unlabelled"].view(0))
+
     def forward(self, batch: Batch) -> Loss:
         images = batch["unlabelled"]
         q = F.normalize(in_groups(self.student, images.view(0), self.teacher.groups).float(), dim=1)  # (N, D)
@@ -57,13 +60,14 @@ class MoCoV2(Method):
 
     @classmethod
     def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
-        decisions = decide_teacher(settings["teacher"], facts)
+        decisions = decide_teacher(settings["teacher"], facts, share=0.25)  # keys must not drift while they wait in the queue
         if settings["queue_size"] == AUTO:
             fitting = min(PAPER_QUEUE, 2 ** ((facts.num_images // 2).bit_length() - 1))
-            decisions["queue_size"] = max(1, fitting), f"the paper's {PAPER_QUEUE}, or the largest power of two in half of the {facts.num_images} images"
+            why = f"the paper's {PAPER_QUEUE}, or the largest power of two in half of the {facts.num_images} images"
+            decisions["queue_size"] = max(1, fitting), why
         elif settings["queue_size"] > facts.num_images:
             raise InputError(
-                f"pretrain.method.queue_size = {settings['queue_size']} is larger than the data set of {facts.num_images} images, so a query "
-                f"would meet older keys of its own image as negatives; use at most {facts.num_images // 2}, or auto."
+                f"pretrain.method.queue_size = {settings['queue_size']} is larger than the data set of {facts.num_images} images, so a "
+                f"query would meet older keys of its own image as negatives; use at most {facts.num_images // 2}, or auto."
             )
         return decisions
