@@ -29,3 +29,8 @@ def ramp_up(progress: float, length: float) -> float:
     """exp(-5 (1 - r)^2) with r = progress / length up to 1 (Laine 2017, arXiv:1610.02242, section 3)."""
     r = min(1.0, progress / length) if length else 1.0
     return math.exp(-5 * (1 - r) ** 2)
+
+
+def linear_ramp(progress: float, start: float, end: float) -> float:
+    """0 up to `start`, then in a straight line to 1 at `end` (Lee 2013, equation 16)."""
+    return 1.0 if progress >= end else max(0.0, (progress - start) / (end - start))

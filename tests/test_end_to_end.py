@@ -104,7 +104,9 @@ def test_predict_labels_a_folder_of_images(finished: Path, tmp_path: Path) -> No
         rows = list(csv.DictReader(file))
     assert [row["path"] for row in rows] == [f"{number}.png" for number in range(5)]
     assert {row["class"] for row in rows} <= set("0123456789")
-    assert "exists" in modicum("predict", run, str(tmp_path), "--out", str(tmp_path / "labels.csv"), cwd=tmp_path, status=2).stderr
+    assert (
+        "is there already" in modicum("predict", run, str(tmp_path), "--out", str(tmp_path / "labels.csv"), cwd=tmp_path, status=2).stderr
+    )
 
 
 def states(folder: Path) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from typing import Annotated, Any, ClassVar
 
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le
+from torch import nn
 
 from modicum.data.stream import Batch
 from modicum.errors import InputError
+from modicum.finetune.alignment import DistributionAlignment
 from modicum.finetune.losses import pseudo_label
 from modicum.finetune.semi_supervised import Guesses, SemiSupervised, TeacherOrNone
 from modicum.method import Decisions, Facts, Loss
@@ -28,11 +30,13 @@ class FixMatch(SemiSupervised):
         *,
         threshold: Annotated[float, Gt(0), Le(1), "confidence from which a prediction counts as a label"] = 0.95,
         lambda_u: Annotated[float, Ge(0), "weight of the unlabelled loss"] = 1.0,
+        distribution_alignment: Annotated[bool, "guesses are scaled so that all classes are guessed equally often"] = False,
         weak_in_batch: Annotated[bool, "weak views go through the student's one pass, as in the original code"] = False,
         teacher: Annotated[TeacherOrNone, "who predicts on weak views; none: the student itself"] = "none",
     ) -> None:
         super().__init__(backbone, facts, teacher)
         self.threshold, self.lambda_u, self.weak_in_batch = threshold, lambda_u, weak_in_batch
+        self.align = DistributionAlignment(facts.num_classes) if distribution_alignment else nn.Identity()
 
     def forward(self, batch: Batch) -> Loss:
         labelled, unlabelled = batch["labelled"], batch["unlabelled"]
@@ -42,6 +46,7 @@ class FixMatch(SemiSupervised):
         else:
             logits, strong = self.together(labelled.view(0), unlabelled.view(1))
             targets = self.targets(unlabelled, view=0)  # (mu B, C)
+        targets = self.align(targets)
         confidence, guess = targets.max(dim=1)
         used = (confidence >= self.threshold).float()
         self.guesses = Guesses(unlabelled.rows, targets, used)
