@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 
 from modicum import cli, session
 from modicum.run_folder import STAGES
@@ -110,3 +111,23 @@ def modicum(house: House) -> Callable[..., int]:
 @pytest.fixture
 def write_results() -> Callable[[Path, float], None]:
     return write_results_of
+
+
+@pytest.fixture
+def assert_same() -> Callable[..., None]:
+    """Asserts that two nests of tensors and plain values, as a state is, are equal to the last bit."""
+
+    def compare(one: Any, other: Any, path: str = "") -> None:
+        if isinstance(one, torch.Tensor):
+            assert torch.equal(one, other), path
+        elif isinstance(one, dict):
+            assert one.keys() == other.keys(), path
+            for key in one:
+                compare(one[key], other[key], f"{path}/{key}")
+        elif isinstance(one, list | tuple):
+            for at, (a, b) in enumerate(zip(one, other, strict=True)):
+                compare(a, b, f"{path}/{at}")
+        else:
+            assert one == other, path
+
+    return compare

@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 SMALL = [
     "pretrain.epochs=1", "pretrain.batch_size=64", "pretrain.optimizer={name: adamw, lr: 0.001}",
@@ -113,21 +113,7 @@ def states(folder: Path) -> dict[str, Any]:
     return {str(path.relative_to(folder)): torch.load(path, weights_only=True) for path in sorted(folder.rglob("state.pt"))}
 
 
-def assert_same(one: Any, other: Any, path: str = "") -> None:
-    if isinstance(one, Tensor):
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_same(one[key], other[key], f"{path}/{key}")
-    elif isinstance(one, list | tuple):
-        for at, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{path}/{at}")
-    else:
-        assert one == other, path
-
-
-def test_a_run_killed_anywhere_goes_on_to_the_same_bits(finished: Path, tmp_path: Path) -> None:
+def test_a_run_killed_anywhere_goes_on_to_the_same_bits(finished: Path, tmp_path: Path, assert_same: Callable[[Any, Any], None]) -> None:
     """SIGKILL at random moments of both stages, then the same command again: every tensor equals the uninterrupted run's."""
     run, draw = tmp_path / "runs" / "digits", random.Random(os.getpid())
     moments = [

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,27 +65,20 @@ def training(folder: Path, at: Any = None) -> Training:
     )
 
 
-def assert_same_state(one: Path, other: Path) -> None:
-    def compare(a: Any, b: Any, path: str) -> None:
-        if isinstance(a, Tensor):
-            assert torch.equal(a, b), path
-        elif isinstance(a, dict):
-            assert a.keys() == b.keys(), path
-            for key in a:
-                compare(a[key], b[key], f"{path}.{key}")
-        elif isinstance(a, list | tuple):
-            for number, (left, right) in enumerate(zip(a, b, strict=True)):
-                compare(left, right, f"{path}[{number}]")
-        else:
-            assert a == b, path
+@pytest.fixture
+def assert_same_state(assert_same: Callable[[Any, Any], None]) -> Callable[[Path, Path], None]:
+    def compare(one: Path, other: Path) -> None:
+        assert_same(*(torch.load(folder / "state.pt", weights_only=True) for folder in (one, other)))
+        assert (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
 
-    compare(*(torch.load(folder / "state.pt", weights_only=True) for folder in (one, other)), "state")
-    assert (one / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
+    return compare
 
 
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, Preempted), (signal.SIGINT, Interrupted)])
 @pytest.mark.parametrize("stop_at", [0, 7, 14])
-def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(tmp_path: Path, stop_at: int, number: int, kind: type[Exception]) -> None:
+def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(
+    tmp_path: Path, stop_at: int, number: int, kind: type[Exception], assert_same_state: Callable[[Path, Path], None]
+) -> None:
     training(tmp_path / "whole").run()
     with pytest.raises(kind, match=f"step {stop_at + 1} of {STEPS}"):
         training(tmp_path / "stopped", lambda step: os.kill(os.getpid(), number) if step == stop_at else None).run()
@@ -92,7 +86,9 @@ def test_a_signal_saves_and_the_run_goes_on_to_the_same_bits(tmp_path: Path, sto
     assert_same_state(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_a_crash_between_two_saves_loses_nothing_but_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_between_two_saves_loses_nothing_but_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_same_state: Callable[[Path, Path], None]
+) -> None:
     training(tmp_path / "whole").run()
     monkeypatch.setattr(loop, "SAVE_SECONDS", -1)  # saves after every step
 
