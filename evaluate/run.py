@@ -35,9 +35,15 @@ def reproduction(config: str, requested: Experiment) -> tuple[str | None, list[s
     """The shipped config that a run was made with and the `key=value` that it was given beside it; None for a file of one's own."""
     if config not in shipped_configs():
         return None, []
-    original = flatten(load_experiment(config).model_dump(mode="json"))
-    asked = flatten(requested.model_dump(mode="json"))
+    original, asked = by_key(load_experiment(config)), by_key(requested)
     return config, [f"{key}={json.dumps(value)}" for key, value in asked.items() if original.get(key) != value]
+
+
+def by_key(experiment: Experiment) -> dict[str, Any]:
+    """Every setting under its dotted key; a method's block is one value, since `method: NAME` replaces it as a whole."""
+    settings = experiment.model_dump(mode="json")
+    methods = {f"{stage}.method": settings[stage].pop("method") for stage in ("pretrain", "finetune")}
+    return flatten(settings) | methods
 
 
 class Evaluation:

@@ -199,7 +199,7 @@ def test_report_md_holds_the_headline_and_the_table(finished):
 
 def test_report_says_how_to_repeat_the_run(finished):
     folder, results = finished
-    assert "finetune.labels=40" in results["overrides"]
+    assert "data.image_size=8" in results["overrides"]
     line = next(line for line in (folder / "report.md").read_text().splitlines() if line.startswith("modicum run digits --run AGAIN"))
     _, *given = shlex.split(line)
     again = load_experiment("digits", given[4:])

@@ -41,7 +41,7 @@ def test_what_is_done_is_skipped(house: Any, modicum: Command, capfd: pytest.Cap
 
 def test_the_same_settings_in_other_words_are_done(house: Any, modicum: Command) -> None:
     assert modicum("run", "digits") == 0
-    assert modicum("run", "digits", "seed=0", "finetune.method={name: fixmatch}") == 0
+    assert modicum("run", "digits", "seed=0", "finetune.method.threshold=0.9") == 0
     assert len(house.calls) == 3
 
 
