@@ -17,6 +17,12 @@ def start(device: torch.device) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
+def stop() -> None:
+    """Leaves the other ranks. A process that ends without this may abort, its connections' threads still running."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -162,6 +162,7 @@ def open_session(request: Request, *, force: bool = False, again: str | None = N
             held.enter_context(folder.lock())
         changes = folder.changes(prepared.settings, request.inputs)
         clearing = stages_to_clear(request, changes, force=force, again=again)
+        held.callback(distributed.stop)
         distributed.start(prepared.hardware.device)
         distributed.barrier()  # until every rank has found nothing to refuse
         if is_rank_zero():
