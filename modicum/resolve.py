@@ -71,6 +71,8 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             rest["warmup_epochs"] = round(recipe.warmup * epochs, 2), f"{recipe.warmup:.0%} of the run"
             rest["monitor_epochs"] = max(1, round(epochs / MONITOR_READINGS)), f"about {MONITOR_READINGS} readings over the run"
         decide(f"{stage}.", _only_auto(section, rest))
+        if stage == "finetune" and len(section["views"]) > len(policies):  # weak comes first, so a method of fewer views takes the first
+            decide("finetune.", {"views": (section["views"][: len(policies)], f"{name} takes {len(policies)} of those given")})
         if len(section["views"]) == 1 and len(policies) > 1:
             section["views"] = section["views"] * len(policies)
         if len(section["views"]) != len(policies):

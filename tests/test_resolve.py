@@ -50,6 +50,12 @@ def test_the_learning_rate_is_scaled_to_the_batch_and_shown_as_a_number(digits: 
     assert (experiment.pretrain.optimizer.name, experiment.pretrain.optimizer.lr) == ("lars", pytest.approx(0.15))
 
 
+def test_a_method_of_fewer_views_takes_the_first_of_the_configs(digits: Images) -> None:
+    experiment, reasons = resolved(digits, "finetune.method=supervised")
+    assert experiment.finetune.views == [{"name": "weak"}]
+    assert "takes 1" in reasons["finetune.views"].why
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
