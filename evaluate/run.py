@@ -160,6 +160,9 @@ class Evaluation:
     def remark(self) -> None:
         for size, ks in sorted(self.left_out.items()):
             self.notes.append(f"kNN with k {', '.join(map(str, ks))} left out: the bank holds {size} images.")
+        limit = self.experiment.evaluate.knn.approximate_from
+        for size in sorted({len(bank) for bank in self.sets.banks() if len(bank) >= limit}):
+            self.notes.append(f"kNN in the bank of {size:,} images looked into an inverted index, which may miss a neighbour.")
         if not len(self.sets.test):
             judged = " The figures are those of a linear probe, cross-validated on the labels." if self.rows else ""
             self.notes.append(f"There are no test images, so the classifier itself is not judged.{judged}")
