@@ -43,6 +43,14 @@ class SemiSupervised(Method):
     def prepare(self, batch: Batch) -> None:
         self.average.start(self.student, batch["unlabelled" if "unlabelled" in batch else "labelled"].view(0))
 
+    @torch.no_grad()
+    def start_head(self, weight: Tensor, bias: Tensor) -> None:
+        """Sets the head (C, D), (C,) of student and average alike, before the first step."""
+        for network in (self.student, self.average.network):
+            assert isinstance(network, Classifier)
+            network.head.weight.copy_(weight)
+            network.head.bias.copy_(bias)
+
     def together(self, *images: Tensor) -> list[Tensor]:
         """The student's logits of several sets of images in ONE pass, so that all are normalised by the same mixture."""
         logits = self.student(torch.cat(images)).float()

@@ -127,6 +127,9 @@ class FinetuneSettings(Settings):
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps in which the learning rate rises")
     views: Views = Field("auto", description="policies of the unlabelled views, weak first; the labelled view takes the first")
     init: str = Field("pretrain", description="pretrain (this run's stage one), random, or a backbone folder or file")
+    warm_start: Literal["none", "propagate"] = Field(
+        "none", description="the head before the first step: random, or fitted to labels propagated over the backbone's features"
+    )
     ema_momentum: Auto | Annotated[float, Field(ge=0, lt=1)] = Field(
         "auto", description="of the averaged weights that are evaluated, for methods without a teacher"
     )

@@ -64,7 +64,8 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             "nesterov": (recipe.nesterov, f"{name}'s own"),
         }
         decide(f"{stage}.optimizer.", _only_auto(section["optimizer"], optimizer))
-        policies = [{"name": policy} for policy in method.views.get("unlabelled", method.views.get("labelled", ()))]
+        views = method.views.get("unlabelled") or method.views.get("labelled") or ("weak",)  # that of the baselines, for want of steps
+        policies = [{"name": policy} for policy in views]
         rest: Decisions = {"schedule": (recipe.schedule, f"{name}'s own"), "views": (policies, f"{name}'s own")}
         if stage == "pretrain":
             epochs = section["epochs"]

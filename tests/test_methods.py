@@ -44,6 +44,8 @@ def variants() -> list[tuple[str, str, dict[str, Any]]]:
     found: list[tuple[str, str, dict[str, Any]]] = []
     for stage in ("pretrain", "finetune"):
         for name in method_names(stage):
+            if not find_method(stage, name).views:
+                continue  # it takes no step: tests/test_propagation.py
             model = settings_model(find_method(stage, name))
             fields = model.model_fields
             easy = {"threshold": 0.05} if "threshold" in fields else {}  # random weights are never sure of anything
