@@ -78,6 +78,7 @@ class Method(nn.Module):
     views: ClassVar[dict[str, tuple[str, ...]]]  # stream -> the policy of each of its views
     target_views: ClassVar[dict[str, tuple[int, ...]]] = {}  # stream -> numbers of the views that only serve as targets, without gradient
     recipe: ClassVar[Recipe]
+    defaults: ClassVar[Mapping[str, Any]] = {}  # of a variant of another method: its own values, where those in the signature differ
     student: nn.Module  # what is optimised and averaged; other parameters (a predictor) stand beside it
     progress: Progress = Progress(0, 1)  # of the run, before the step at hand; set by the loop
 
@@ -160,7 +161,8 @@ def settings_model(method: type[Method]) -> type[BaseModel]:
         annotation, meaning = _split(parameter.annotation)
         if parameter.default is AUTO:
             annotation = Auto | annotation
-        fields[parameter.name] = annotation, Field(parameter.default, description=meaning)
+        fields[parameter.name] = annotation, Field(method.defaults.get(parameter.name, parameter.default), description=meaning)
+    assert set(method.defaults) <= set(fields)
     return create_model(method.__name__, __config__=ConfigDict(frozen=True, extra="forbid", validate_default=True), **fields)
 
 

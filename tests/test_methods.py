@@ -184,5 +184,13 @@ def test_settings_are_documented(stage: str, name: str) -> None:
         assert field.description, f"{name}.{key} has no meaning"
 
 
+def test_a_variant_of_a_method_has_its_own_defaults_and_a_config_beats_them() -> None:
+    variant = settings_model(find_method("pretrain", "moco_v1"))
+    assert variant().temperature == 0.07
+    assert variant(temperature=0.3).temperature == 0.3
+    assert variant().embedding_size == settings_model(find_method("pretrain", "moco_v2"))().embedding_size
+    assert [len(build("pretrain", name, {}).student[1]) for name in ("moco_v1", "moco_v2")] == [1, 3]  # a linear head; two layers and ReLU
+
+
 def test_teacher_settings_of_stage_one_include_eman() -> None:
     assert "eman" in get_args(TeacherSettings.model_fields["norm"].annotation)
