@@ -35,6 +35,7 @@ class Facts:
     image_size: int
     steps: int
     batch_size: int  # images a step; in stage two labelled ones
+    transformer: bool = False  # whether the backbone is built for one image size, cut into patches
     ema_momentum: float = 0.999  # stage two: of the average that is evaluated, for methods without a teacher
 
 
@@ -81,6 +82,7 @@ class Method(nn.Module):
     views: ClassVar[dict[str, tuple[str, ...]]]  # stream -> the policy of each of its views
     target_views: ClassVar[dict[str, tuple[int, ...]]] = {}  # stream -> numbers of the views that only serve as targets, without gradient
     recipe: ClassVar[Recipe]
+    transformer_recipe: ClassVar[Recipe | None] = None  # where the paper has another one for them
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {}
     )  # of a variant of another method: its own values, where those in the signature differ

@@ -16,6 +16,14 @@ def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: floa
 
 
 @in_full_precision
+def in_batch_info_nce(queries: Tensor, all_keys: Tensor, offset: int, temperature: float) -> Tensor:
+    """Each query (N, D) against the keys of the batch (M, D), its own from row `offset` on, times 2 T (arXiv:2104.02057, algorithm 1)."""
+    logits = queries @ all_keys.T / temperature  # (N, M)
+    own = offset + torch.arange(len(queries), device=queries.device)
+    return 2 * temperature * F.cross_entropy(logits, own)
+
+
+@in_full_precision
 def nt_xent(first: Tensor, second: Tensor, all_first: Tensor, all_second: Tensor, offset: int, temperature: float) -> Tensor:
     """Each of this rank's 2N embeddings against the other view of its image, among all 2M of all ranks (arXiv:2002.05709, equation 1).
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from modicum.pretrain.losses import (
     covariance,
     cross_correlation,
+    in_batch_info_nce,
     info_nce,
     lacking_deviation,
     negative_cosine,
@@ -42,6 +43,20 @@ def test_info_nce_is_the_formula(n: int, d: int, k: int) -> None:
 def test_info_nce_of_indistinguishable_keys_is_the_log_of_their_number() -> None:
     q = unit(4, 8, 1)
     assert info_nce(q[:1], q[:1], q[:1].repeat(9, 1), 0.07).item() == pytest.approx(math.log(10))
+
+
+@pytest.mark.parametrize(("n", "d", "k"), SIZES)
+def test_in_batch_info_nce_is_the_formula(n: int, d: int, k: int) -> None:
+    q, keys = unit(n, d, 1), unit(n + k, d, 2)
+    rows, others = q.numpy(), keys.numpy()
+    total = 0.0
+    for i in range(n):
+        below = sum(math.exp(rows[i] @ others[j] / 0.2) for j in range(n + k))
+        total -= 2 * 0.2 * math.log(math.exp(rows[i] @ others[k + i] / 0.2) / below)
+    assert in_batch_info_nce(q, keys, k, 0.2).item() == pytest.approx(total / n, abs=1e-9)
+    torch.autograd.gradcheck(lambda q: in_batch_info_nce(q, keys, k, 0.2), q.requires_grad_())
+    alike = q[:1].detach().repeat(8, 1)
+    assert in_batch_info_nce(alike, alike, 0, 0.5).item() == pytest.approx(math.log(8))
 
 
 @pytest.mark.parametrize(("n", "d", "k"), SIZES)
