@@ -1,7 +1,7 @@
 """`auto` becomes a number: every setting that depends on the data or the method is decided here, once, with its reason."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,7 +41,7 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
                 reasons.append(Reason(f"{prefix}{key}", value, why))
 
     decide("data.", _only_auto(settings["data"], _data(images)))
-    choose_architecture(experiment.backbone, images.channels, images.image_size)
+    architecture = choose_architecture(experiment.backbone, images.channels, images.image_size)
     for stage in ("pretrain", "finetune"):
         section = settings[stage]
         name = section["method"].get("name")
@@ -53,9 +53,9 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             decide("pretrain.", _batch_size(experiment.pretrain, len(images.rows("train"))))
         else:
             decide("finetune.", _only_auto(section, {"ema_momentum": decide_momentum(0.999, section["steps"], share=0.1)}))
-        facts = stage_facts(stage, section, images)
+        facts = replace(stage_facts(stage, section, images), transformer=architecture.fixed_size)
         decide(f"{stage}.method.", method.decide(section["method"], facts))
-        recipe = method.recipe
+        recipe = (facts.transformer and method.transformer_recipe) or method.recipe
         batch = section["batch_size"]
         optimizer: Decisions = {
             "name": (recipe.name, f"{name}'s own"),

@@ -67,7 +67,7 @@ every_variant = pytest.mark.parametrize(
 )
 
 
-def build(stage: str, name: str, settings: dict[str, Any]) -> Method:
+def build(stage: str, name: str, settings: dict[str, Any], architecture: str = "resnet10_small") -> Method:
     facts = Facts(num_images=64, num_classes=CLASSES, image_size=SIZE, steps=STEPS, batch_size=BATCH, ema_momentum=0.9)
     kind = find_method(stage, name)
     resolved = settings_model(kind)(**settings).model_dump()
@@ -77,7 +77,7 @@ def build(stage: str, name: str, settings: dict[str, Any]) -> Method:
         for parent in parents:
             section = section[parent]
         section[last] = value
-    backbone = create_backbone(BackboneSettings(), 1, SIZE, seed=0)
+    backbone = create_backbone(BackboneSettings(name=architecture), 1, SIZE, seed=0)
     method = kind.from_settings(backbone, facts, 0, resolved)
     method.progress = Progress(STEPS // 2, STEPS)  # where no ramp is at zero
     return method
@@ -184,6 +184,25 @@ def test_settings_are_documented(stage: str, name: str) -> None:
     assert re.search(r"arXiv:\d{4}\.\d{5}|\w+ \d{4}, ", source) or name == "supervised", "the first line names the paper"
     for key, field in settings_model(method).model_fields.items():
         assert field.description, f"{name}.{key} has no meaning"
+
+
+def test_a_variant_of_a_method_has_its_own_defaults_and_a_config_beats_them() -> None:
+    variant = settings_model(find_method("pretrain", "moco_v1"))
+    assert variant().temperature == 0.07
+    assert variant(temperature=0.3).temperature == 0.3
+    assert variant().embedding_size == settings_model(find_method("pretrain", "moco_v2"))().embedding_size
+    assert [len(build("pretrain", name, {}).student[1]) for name in ("moco_v1", "moco_v2")] == [1, 3]  # a linear head; two layers and ReLU
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_moco_v3_keeps_a_transformers_patch_projection_as_drawn(frozen: bool) -> None:
+    method = build("pretrain", "moco_v3", {"hidden_size": 32, "frozen_patches": frozen}, "vit_tiny_patch16_224")
+    before = {name: parameter.detach().clone() for name, parameter in method.student.named_parameters()}
+    step(method, optimizer_for(method), batch_for(method), 0)
+    still = {name for name, parameter in method.student.named_parameters() if torch.equal(parameter, before[name])}
+    patches = {"0.network.patch_embed.proj.weight", "0.network.patch_embed.proj.bias"}
+    assert still & patches == (patches if frozen else set())
+    assert not any(name.startswith("0.network.blocks") and "mlp" in name for name in still)
 
 
 def test_teacher_settings_of_stage_one_include_eman() -> None:
