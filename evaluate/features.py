@@ -93,13 +93,13 @@ class FeatureStore:
 
     def __init__(self, folder: Path, hardware: Hardware, batch_size: int) -> None:
         self.folder, self.hardware, self.batch_size = folder, hardware, batch_size
-        self._pixels: dict[int, str] = {}
+        self._pixels: dict[int, tuple[torch.Tensor, str]] = {}  # the tensor too: freed, its id would go to another
 
     def features(self, name: str, network: nn.Module, preprocessing: Preprocessing, pixels: torch.Tensor) -> torch.Tensor:
         """float32 (N, D) for `pixels` uint8 (N, C, S, S), from `folder`/`name`.safetensors if it holds just these."""
-        images = self._pixels.setdefault(id(pixels), "") or pixels_fingerprint(pixels)
-        self._pixels[id(pixels)] = images
-        identity = (weights_fingerprint(network), images, repr(preprocessing), self.hardware.precision)
+        if id(pixels) not in self._pixels:
+            self._pixels[id(pixels)] = pixels, pixels_fingerprint(pixels)
+        identity = (weights_fingerprint(network), self._pixels[id(pixels)][1], repr(preprocessing), self.hardware.precision)
         fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
         path = self.folder / f"{name}.safetensors"
         kept = read_features(path, fingerprint)

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from modicum.config import LinearSettings
+from modicum.data.stratify import stratified_folds
 from modicum.randomness import seed_of
 
 FEW = 20  # labels a class under which nothing is held out: the choice is made by k-fold
@@ -41,17 +42,6 @@ def standardise(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
     constant = deviation < 1e-6 * np.maximum(np.abs(mean), 1e-6)
     scale = np.where(constant, 0.0, 1 / np.where(constant, 1.0, deviation))
     return (features - mean.astype(np.float32)) * scale.astype(np.float32)
-
-
-def stratified_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """A fold 0..folds-1 for each label, every class spread evenly, at random; -1 (never held out) for a class with one label."""
-    random = np.random.default_rng(seed)
-    result = np.full(len(labels), -1)
-    for label in np.unique(labels):
-        rows = random.permutation(np.flatnonzero(labels == label))
-        if len(rows) > 1:
-            result[rows] = np.arange(len(rows)) % folds
-    return result
 
 
 def solve(

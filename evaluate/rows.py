@@ -37,6 +37,7 @@ class Sets:
     known: np.ndarray  # training images whose label is known at all
     test: np.ndarray  # test images with a label
     unlabelled: np.ndarray
+    held_out: list[np.ndarray]  # a refit of stage two each: the labelled images whose labels it was not told
 
     @classmethod
     def of(cls, splits: pd.DataFrame, labels: np.ndarray, num_classes: int) -> "Sets":
@@ -53,6 +54,7 @@ class Sets:
             known=np.flatnonzero((split != "test") & known),
             test=np.flatnonzero((split == "test") & known),
             unlabelled=np.flatnonzero(split == "unlabelled"),
+            held_out=[np.flatnonzero(splits["refit"] == refit) for refit in range(splits["refit"].max() + 1)] if "refit" in splits else [],
         )
 
     def banks(self) -> list[np.ndarray]:

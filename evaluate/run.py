@@ -72,6 +72,7 @@ class Evaluation:
                 pictures = self.neighbours(name, features)
         confusion = self.judge_finetuned(pictures)
         self.judge_baselines()
+        self.judge_refits()
         self.remark()
         results = self.results(confusion, shown)
         write_table(self.out / "results.csv", row_table(self.rows))
@@ -142,6 +143,20 @@ class Evaluation:
                 scores = self.classifier_scores(folder, f"baseline_{name}", pixels)
                 self.add_classifier(name, "supervised", features, scores, labels, "supervised")
 
+    def judge_refits(self) -> None:
+        """The images behind the labels that stage two trains on, each judged by the refit that was not told its label."""
+        held_out = self.sets.held_out
+        folders = [self.folder.stage("finetune") / "refits" / str(number) / "classifier" for number in range(1, len(held_out) + 1)]
+        if not held_out or not all(folder.exists() for folder in folders):
+            return
+        scores = [
+            self.classifier_scores(folder, f"refit_{number}", self.images.pixels[rows])
+            for number, (folder, rows) in enumerate(zip(folders, held_out, strict=True), start=1)
+        ]
+        truth, few = self.sets.labels[np.concatenate(held_out)], len(self.sets.few)
+        method = {"method": self.experiment.finetune.method["name"], "folds": len(held_out)}
+        self.rows.append(self.judge.row("finetuned_cross_validated", "finetuned", few, np.concatenate(scores), truth, **method))
+
     def add_classifier(self, name: str, protocol: str, features: str, scores: np.ndarray, labels: int, method: str) -> None:
         truth = self.sets.labels[self.sets.test]
         self.right[name] = metrics.top_correct(scores, truth, 1)
@@ -163,9 +178,16 @@ class Evaluation:
         limit = self.experiment.evaluate.knn.approximate_from
         for size in sorted({len(bank) for bank in self.sets.banks() if len(bank) >= limit}):
             self.notes.append(f"kNN in the bank of {size:,} images looked into an inverted index, which may miss a neighbour.")
+        refitted = next((row for row in self.rows if row["protocol"] == "finetuned_cross_validated"), None)
         if not len(self.sets.test):
-            judged = " The figures are those of a linear probe, cross-validated on the labels." if self.rows else ""
-            self.notes.append(f"There are no test images, so the classifier itself is not judged.{judged}")
+            probes = " The figures are those of a linear probe, cross-validated on the labels." if self.rows and not refitted else ""
+            self.notes.append(f"There are no test images, so the classifier itself is not judged.{probes}")
+        if refitted:
+            self.notes.append(
+                f"Cross-validated: stage two was refitted {refitted['folds']} times, each time without a part of the labels, and judged "
+                f"on the {refitted['images']} images behind them; to the refit they were unlabelled ones. The classifier of this run has "
+                "all the labels."
+            )
         middle = next((row for row in self.rows if (row["chosen"] or "").startswith("the middle")), None)
         if middle:
             self.notes.append(f"Linear probes on {middle['labels']} labels use C {middle['C']:g}, {middle['chosen']}.")

@@ -56,6 +56,7 @@ def lines(results: dict[str, Any]) -> list[Line]:
         "backbone": f"Modicum: {method} from a given backbone",
     }[start]
     table.add(first, headline=True, protocol="finetuned")
+    table.add(f"{first}, cross-validated on the labels", protocol="finetuned_cross_validated")
     table.add("same network, supervised, from random weights", protocol="supervised", features="random")
     table.add("same network, supervised, from the backbone", protocol="supervised", features="pretrained")
     for features, words in FEATURES.items():
@@ -112,7 +113,7 @@ def columns(results: dict[str, Any]) -> list[str]:
 
 def title(results: dict[str, Any]) -> str:
     test = results["images"]["test"]
-    judged = f"accuracy on {test:,} test images" if test else "no test images, so a probe cross-validated on the labels"
+    judged = f"accuracy on {test:,} test images" if test else "no test images, so accuracy cross-validated on the labels"
     return f"{results['dataset']}, {len(results['class_names'])} classes: {judged}"
 
 
@@ -122,8 +123,15 @@ def caption(results: dict[str, Any]) -> list[str]:
 
 
 def interval_means(results: dict[str, Any]) -> str:
-    judged = "test images" if results["images"]["test"] else "labelled images"
-    return f"In brackets: 95 % bootstrap interval over the {judged}."
+    return f"In brackets: 95 % bootstrap interval over the {judged_images(results)}."
+
+
+def judged_images(results: dict[str, Any]) -> str:
+    """What the intervals are drawn over."""
+    if not results["images"]["test"]:
+        return "labelled images"
+    refitted = any(row["protocol"] == "finetuned_cross_validated" for row in results["rows"])
+    return "test images" + (", of the cross-validated figure over the labelled ones" if refitted else "")
 
 
 def results_table(results: dict[str, Any]) -> Table:

@@ -1,6 +1,6 @@
-"""Stage two from a session: fine-tune the classifier, and the supervised baselines that it is compared with."""
+"""Stage two from a session: fine-tune the classifier, the supervised baselines that it is compared with, the refits that judge it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,37 +34,59 @@ VALIDATION_READINGS = 20  # over a run
 
 @dataclass(frozen=True)
 class Variant:
-    """One fine-tuning run of the stage: the method asked for, or one of its baselines."""
+    """One fine-tuning run of the stage: the method asked for, one of its baselines, or a refit without a part of the labels."""
 
     title: str
     folder: Path
     method: dict[str, Any]
     labelled: np.ndarray  # rows
+    unlabelled: np.ndarray  # rows
     init: str | None  # None: random weights
     warm_start: str = "none"
 
 
 def run(session: Session) -> None:
-    """Runs the method asked for, then each baseline; what is finished is skipped, what is begun goes on."""
+    """Runs the method asked for, then baselines and refits; what is finished is skipped, what is begun goes on."""
     for variant in variants(session):
         if not (variant.folder / "classifier" / "model.safetensors").is_file():
             train(session, variant)
 
 
 def variants(session: Session) -> list[Variant]:
-    """The method asked for, first, and the baselines that differ from it."""
+    """The method asked for, first, the baselines that differ from it, and its refits."""
     settings, folder = session.experiment.finetune, session.folder.stage("finetune")
     start = {"pretrain": str(session.folder.stage("pretrain") / "backbone"), "random": None}.get(settings.init, settings.init)
     split = session.splits["split"]
     labelled = np.flatnonzero(split == "labelled")
     everything = np.flatnonzero((split != "test") & (session.splits["label"] != UNKNOWN))
     supervised = {"name": "supervised", **settings_model(find_method("finetune", "supervised"))().model_dump()}
-    chosen = [Variant(f"finetune {settings.method['name']}", folder, settings.method, labelled, start, settings.warm_start)]
+    unlabelled = unlabelled_rows(settings, session.splits)
+    title = f"finetune {settings.method['name']}"
+    chosen = [Variant(title, folder, settings.method, labelled, unlabelled, start, settings.warm_start)]
     for name, rows, init in (("random", labelled, None), ("pretrained", labelled, start), ("all_labels", everything, start)):
         same = any((supervised, init, len(rows), "none") == (v.method, v.init, len(v.labelled), v.warm_start) for v in chosen)
         if name in settings.baselines and not same:
-            chosen.append(Variant(f"baseline {name}", folder / "baselines" / name, supervised, rows, init))
-    return chosen
+            chosen.append(Variant(f"baseline {name}", folder / "baselines" / name, supervised, rows, unlabelled, init))
+    return chosen + refits(session, chosen[0])
+
+
+def refits(session: Session, whole: Variant) -> list[Variant]:
+    """The same once for every part of the labels that `evaluate.cross_validate` wants held out, without that part.
+
+    To a refit those images are unlabelled ones, like the images that the run is to name: their pixels are seen, their labels are not.
+    """
+    count = session.experiment.evaluate.cross_validate
+    held_out = [np.flatnonzero(session.splits["refit"] == number) for number in range(count)]
+    return [
+        replace(
+            whole,
+            title=f"refit {number} of {count}",
+            folder=whole.folder / "refits" / str(number),
+            labelled=np.setdiff1d(whole.labelled, held),
+            unlabelled=np.union1d(whole.unlabelled, held),
+        )
+        for number, held in enumerate(held_out, start=1)
+    ]
 
 
 def train(session: Session, variant: Variant) -> None:
@@ -92,7 +114,7 @@ def training(session: Session, variant: Variant, method: SemiSupervised, monitor
     """The steps of one fine-tuning run, on the streams that its method asks for."""
     experiment, images, hardware = session.experiment, session.images, session.hardware
     settings, seed = experiment.finetune, experiment.seed
-    rows = {"labelled": variant.labelled, "unlabelled": unlabelled_rows(settings, session.splits)}
+    rows = {"labelled": variant.labelled, "unlabelled": variant.unlabelled}
     sizes = {"labelled": settings.batch_size, "unlabelled": settings.batch_size * settings.mu}
     assert isinstance(settings.views, list)  # resolved
     policies = [build_policy(policy, **view_arguments(experiment.data)) for policy in settings.views]

@@ -156,6 +156,9 @@ class LinearSettings(Settings):
 class EvaluateSettings(Settings):
     knn: KnnSettings = KnnSettings()
     linear: LinearSettings = LinearSettings()
+    cross_validate: Literal[0] | Annotated[int, Field(ge=2)] = Field(
+        0, description="refits of stage two, each without a part of the labels, to be judged on that part; 0: none"
+    )
     bootstrap: Count = Field(1000, description="resamples of the test images behind each 95 % interval")
     batch_size: Count = Field(512, description="images a step while features are extracted")
     gallery_queries: Annotated[int, Field(ge=0)] = Field(8, description="test images shown with their neighbours in the report")

@@ -33,7 +33,7 @@ def chain(init: str) -> tuple[str, ...]:
 def depends(stage: str, key: str, init: str) -> bool:
     """Whether a stage's result depends on a setting, or on `inputs.KEY`, the content that a setting names."""
     key = key.removeprefix("inputs.")
-    section = key.partition(".")[0]
+    section = "finetune" if key == "evaluate.cross_validate" else key.partition(".")[0]  # the refits are stage two's work
     if key in HARMLESS:
         return False
     if section == "pretrain":

@@ -54,7 +54,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Session:
-    """All that a stage may know. `experiment` is resolved, `requested` as asked for; `splits` has one row an image, in their order."""
+    """All that a stage may know. `experiment` is resolved, `requested` as asked for; `splits` is `make_splits`'s table."""
 
     name: str
     experiment: Experiment
@@ -116,7 +116,8 @@ def prepare(request: Request) -> Prepared:
 
     images = load_images(request.experiment.data)
     experiment, reasons = resolve(request.experiment, images)
-    return Prepared(images, experiment, reasons, make_splits(images, experiment.finetune), choose_hardware(experiment))
+    splits = make_splits(images, experiment.finetune, experiment.evaluate.cross_validate)
+    return Prepared(images, experiment, reasons, splits, choose_hardware(experiment))
 
 
 def stages_to_clear(request: Request, changes: list[Change], *, force: bool, again: str | None) -> list[str]:

@@ -61,7 +61,7 @@ def write_results_of(path: Path, accuracy: float) -> None:
     path.write_text(json.dumps(results))
 
 
-def make_splits(images: Any, settings: Any) -> pd.DataFrame:
+def make_splits(images: Any, settings: Any, num_refits: int) -> pd.DataFrame:
     labels = settings.labels if isinstance(settings.labels, int) else 40
     split = ["labelled"] * labels + ["unlabelled"] * 10 + ["test"] * 5
     return pd.DataFrame({"id": range(len(split)), "path": "x.png", "label": 0, "split": split})

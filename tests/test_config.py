@@ -106,6 +106,8 @@ def test_spellings_of_views(text: str, views: object) -> None:
         ("finetune.labels=-3", ["finetune.labels", "-3"]),
         ("finetune.baselines=[x]", ["finetune.baselines.0", "'x'", "'all_labels'"]),
         ("evaluate.knn.k=[1, a]", ["evaluate.knn.k.1", "'a'"]),
+        ("evaluate.cross_validate=1", ["evaluate.cross_validate = 1", "0 or be greater than or equal to 2"]),
+        ("evaluate.cross_validate=-1", ["evaluate.cross_validate = -1"]),
         ("seed=", ["seed", "integer"]),
         ("pretrain.epochs=[", ["pretrain.epochs=[", "not valid YAML"]),
         ("finetune.labels", ["finetune.labels", "key=value"]),

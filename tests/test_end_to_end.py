@@ -182,11 +182,17 @@ def test_a_folder_with_a_csv_most_of_it_unlabelled(tmp_path: Path) -> None:
         file.write("file,what\n" + "".join(f"{path},{label}\n" for path, label in rows[:120]))
     settings = ["data.root=images", "data.labels=labels.csv", "data.path_column=file", "data.label_column=what", "data.mirror=false"]
     folder = [item for item in SMALL if "optimizer" not in item]
-    modicum("run", "folder", *settings, *folder, "data.image_size=16", cwd=tmp_path)
+    folder += ["data.image_size=16", "backbone.name=resnet10_small"]
+    refused = modicum("run", "folder", *settings, *folder, "evaluate.cross_validate=50", cwd=tmp_path, status=2)
+    assert "evaluate.cross_validate = 50" in refused.stderr
+    assert not (tmp_path / "runs").exists()
+    modicum("run", "folder", *settings, *folder, "evaluate.cross_validate=2", cwd=tmp_path)
     run = tmp_path / "runs" / "folder"
     results = json.loads((run / "evaluate/results.json").read_text())
     assert results["headline"]["accuracy"] is None  # no test images, so no claim
-    assert {row["protocol"] for row in results["rows"]} == {"linear_cross_validated"}
+    assert {row["protocol"] for row in results["rows"]} == {"finetuned_cross_validated", "linear_cross_validated"}
+    [refitted] = [row for row in results["rows"] if row["protocol"] == "finetuned_cross_validated"]
+    assert (refitted["folds"], refitted["images"]) == (2, 120)
     with (run / "evaluate/predictions.csv").open() as file:
         predictions = list(csv.DictReader(file))
     assert len(predictions) == 180

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 from sklearn.datasets import load_digits
 
-from modicum.checkpoint import Preprocessing, save_backbone, save_classifier
+from modicum.checkpoint import Preprocessing, load_classifier, save_backbone, save_classifier
 from modicum.config import Experiment, load_experiment
 from modicum.data.images import Images
 from modicum.evaluate.report import Pictures
@@ -258,6 +259,41 @@ def test_without_test_images_a_cross_validated_probe_stands_in_and_says_so(tmp_p
     assert len(table) == 60
     neighbours = pd.read_csv(tmp_path / "run" / "evaluate" / "neighbours.csv")
     assert (neighbours["query_id"] != neighbours["neighbour_id"]).all()
+
+
+@pytest.mark.parametrize("tests", [0, 60])
+def test_refits_are_judged_on_the_labels_they_were_not_told_and_are_no_headline(tmp_path, tests):
+    session = session_of(tmp_path / "run", ["labelled"] * 60 + ["unlabelled"] * 60 + ["test"] * tests, NAMES)
+    session.splits["refit"] = [at % 2 for at in range(60)] + [-1] * (60 + tests)
+    truth = session.images.labels
+    for number in (1, 2):  # the first refit names all images class 0, the second class 1
+        classifier, preprocessing, _ = load_classifier(tmp_path / "run" / "finetune" / "classifier")
+        classifier.head.bias.data[number - 1] = 1e6
+        save_classifier(tmp_path / "run" / "finetune" / "refits" / str(number) / "classifier", classifier, preprocessing, NAMES)
+    run(session)
+    results = json.loads((tmp_path / "run" / "evaluate" / "results.json").read_text())
+    [row] = [row for row in results["rows"] if row["protocol"] == "finetuned_cross_validated"]
+    assert row["top1"] == np.mean(truth[:60] == np.arange(60) % 2)
+    assert row["low"] < row["top1"] < row["high"]
+    assert (row["folds"], row["images"], row["labels"], row["method"]) == (2, 60, 60, "fixmatch")
+    assert (results["headline"]["accuracy"] is None) == (tests == 0)
+    assert row["top1"] in pd.read_csv(tmp_path / "run" / "evaluate" / "results.csv")["top1"].to_numpy()
+    page = (tmp_path / "run" / "report.html").read_text()
+    check_page(page)
+    assert f"refitted 2 times, each time without a part of them, stage two rightly names {100 * row['top1']:.1f} %" in page
+    table = shown(results)
+    assert "Modicum: pretrained (MoCo v2), then FixMatch, cross-validated on the labels" in table
+    assert "stage two was refitted 2 times" in " ".join(table.split())
+    assert ("of the cross-validated figure over the labelled ones" in table) == (tests > 0)
+
+
+def test_refits_that_are_not_all_there_are_not_judged(tmp_path):
+    session = session_of(tmp_path / "run", ["labelled"] * 60 + ["unlabelled"] * 20, NAMES)
+    session.splits["refit"] = [at % 2 for at in range(60)] + [-1] * 20
+    shutil.copytree(tmp_path / "run" / "finetune" / "classifier", tmp_path / "run" / "finetune" / "refits" / "1" / "classifier")
+    run(session)
+    results = json.loads((tmp_path / "run" / "evaluate" / "results.json").read_text())
+    assert {row["protocol"] for row in results["rows"]} == {"linear_cross_validated"}
 
 
 def test_without_any_label_there_are_galleries_and_no_crash(tmp_path):

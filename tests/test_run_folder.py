@@ -87,6 +87,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         ("finetune.labels", "pretrain", "finetune evaluate"),
         ("inputs.finetune.init", "/some/backbone", "finetune evaluate"),
         ("evaluate.bootstrap", "pretrain", "evaluate"),
+        ("evaluate.cross_validate", "pretrain", "finetune evaluate"),
         ("evaluate.gallery_queries", "pretrain", ""),
         ("pretrain.log_every", "pretrain", ""),
     ],

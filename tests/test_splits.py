@@ -7,8 +7,8 @@ import torch
 
 from modicum.config import FinetuneSettings
 from modicum.data.images import Images
-from modicum.data.splits import draw_labels, make_splits, read_splits, write_splits
-from modicum.data.stratify import apportion, hold_out
+from modicum.data.splits import draw_labels, draw_refits, make_splits, read_splits, write_splits
+from modicum.data.stratify import apportion, hold_out, stratified_folds
 from modicum.errors import InputError
 
 
@@ -104,6 +104,15 @@ def test_holding_out_rounds_up_once_and_spares_the_last_of_a_class():
         hold_out(labels_of(1, 1), 0.5, "data.test_fraction", 0)
 
 
+def test_folds_hold_out_every_label_once_and_every_class_evenly():
+    labels = np.array([0] * 4 + [1] * 7 + [5])
+    folds = stratified_folds(labels, 4, 0)
+    assert sorted(folds[:4]) == [0, 1, 2, 3]
+    assert np.bincount(folds[4:11]).tolist() == [2, 2, 2, 1]
+    assert folds[11] == -1
+    assert (folds == stratified_folds(labels, 4, 0)).all()
+
+
 def test_every_image_has_its_row():
     labels = labels_of(30, 30, unknown=40)
     images = images_of(labels, test=range(20))
@@ -128,6 +137,35 @@ def test_validation_starts_at_20_labels_of_each_class(count, validation):
     if validation:
         assert list(np.bincount(held["label"])) == [validation // 2] * 2
     assert not make_splits(images, FinetuneSettings(labels=count, validation_fraction=0))["split"].eq("validation").any()
+
+
+def test_every_label_to_train_on_is_held_out_from_one_refit_and_no_class_leaves_one():
+    images = images_of(labels_of(100, 60, 40, unknown=10), test=range(20))
+    splits = make_splits(images, FinetuneSettings(labels=90), num_refits=4)
+    assert set(splits["split"]) == {"labelled", "validation", "unlabelled", "test"}
+    assert ((splits["refit"] >= 0) == (splits["split"] == "labelled")).all()
+    counts = pd.crosstab(splits["refit"], splits["label"]).loc[range(4), range(3)]
+    assert (counts.max() - counts.min() <= 1).all()
+    pd.testing.assert_frame_equal(splits.drop(columns="refit"), make_splits(images, FinetuneSettings(labels=90)))
+
+
+def test_the_label_seed_moves_the_refits():
+    labels = labels_of(10, 10)
+    first, same, other = (draw_refits(labels, 5, seed, ("a", "b")) for seed in (0, 0, 1))
+    assert (first == same).all()
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize(
+    ("counts", "refits", "words"),
+    [((5, 3), 4, "'class 1' has 3: choose 3 or fewer"), ((5, 1), 2, "'class 1' has 1: leave it 0"), ((), 2, "there is none: leave it 0")],
+)
+def test_more_refits_than_labels_of_a_class_are_refused(counts, refits, words):
+    images = images_of(labels_of(*counts, unknown=4))
+    if counts:
+        make_splits(images, FinetuneSettings(), num_refits=min(counts) if min(counts) > 1 else 0)
+    with pytest.raises(InputError, match=f"evaluate.cross_validate = {refits} .* {words}, or label more images"):
+        make_splits(images, FinetuneSettings(), num_refits=refits)
 
 
 def test_the_label_seed_moves_labels_and_validation():

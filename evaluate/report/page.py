@@ -15,7 +15,7 @@ from modicum.evaluate.report import words
 from modicum.evaluate.report.charts import heat_map
 from modicum.evaluate.report.curves import knn_charts, learning_charts
 from modicum.evaluate.report.pictures import Pictures
-from modicum.evaluate.table import columns, lines, percent, results_markdown, title
+from modicum.evaluate.table import columns, judged_images, lines, percent, results_markdown, title
 from modicum.files import write_atomically
 
 MOST_CLASSES = 30  # a larger confusion matrix cannot be read: its worst pairs are listed
@@ -44,6 +44,7 @@ def render(folder: Path, results: dict[str, Any], settings: dict[str, Any], conf
         sentences=words.headline(results),
         gains=words.gains(results),
         title=title(results),
+        judged=judged_images(results),
         heads=columns(results),
         table=table,
         axis=axis,

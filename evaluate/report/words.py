@@ -18,7 +18,8 @@ def headline(results: dict[str, Any]) -> list[str]:
     told = f"{head['labels']:,} images" + (f" ({a_class:.0f} a class)" if a_class >= 1 and a_class == int(a_class) else "")
     if head["accuracy"] is None:
         if not images["test"]:
-            return ["There are no test images, so nobody can say how often this classifier is right.", *_probe(results)]
+            first = "There are no test images, so nobody can say how often this classifier is right."
+            return [first, *(_refits(results) or _probe(results))]
         return ["There is no classifier to judge yet; below is what the features are worth."]
     low, high = head["interval"]
     right = round(head["accuracy"] * images["test"])
@@ -33,7 +34,19 @@ def headline(results: dict[str, Any]) -> list[str]:
             f"in 95 of 100 cases. Another {luck} moves the figure too; "
             "the command “modicum sweep” shows how far."
         )
-    return sentences
+    return sentences + _refits(results)
+
+
+def _refits(results: dict[str, Any]) -> list[str]:
+    """What the refits of stage two say: of the training rather than of the classifier that it gave."""
+    row = next((row for row in results["rows"] if row["protocol"] == "finetuned_cross_validated"), None)
+    if row is None:
+        return []
+    return [
+        f"Cross-validated on the labels: refitted {row['folds']} times, each time without a part of them, stage two rightly names "
+        f"{percent(row['top1'])} ({percent(row['low'], unit=False)} to {percent(row['high'], unit=False)}) of the {row['images']:,} images "
+        "whose labels were held out from it. It learnt from fewer labels than this classifier."
+    ]
 
 
 def _probe(results: dict[str, Any]) -> list[str]:

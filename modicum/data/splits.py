@@ -8,7 +8,7 @@ import pandas as pd
 
 from modicum.config import FinetuneSettings
 from modicum.data.images import Images
-from modicum.data.stratify import apportion, draw_by_class, hold_out
+from modicum.data.stratify import apportion, draw_by_class, hold_out, stratified_folds
 from modicum.errors import InputError
 from modicum.files import write_table
 from modicum.randomness import seed_of
@@ -78,12 +78,13 @@ def _equal_shares(total: int, counts: np.ndarray, names: Sequence[str], request:
     return shares
 
 
-def make_splits(images: Images, finetune: FinetuneSettings) -> pd.DataFrame:
-    """One row an image, in the order of `images`: id, path, label, split.
+def make_splits(images: Images, finetune: FinetuneSettings, num_refits: int = 0) -> pd.DataFrame:
+    """One row an image, in the order of `images`: id, path, label, split, and with `num_refits` the refit.
 
     `label` is the true label or -1, `split` one of labelled, validation (from 20 labels of each class up), unlabelled and
     test. Training images without any label give none to `finetune.labels: all`: that is enough for pretraining.
-    Raises InputError as `draw_labels` does.
+    `refit` is the one of 0..num_refits - 1 from which the image's label is held out, -1 where it is in none.
+    Raises InputError as `draw_labels` and `draw_refits` do.
     """
     labels = images.labels
     rows = images.rows("train")
@@ -100,7 +101,29 @@ def make_splits(images: Images, finetune: FinetuneSettings) -> pd.DataFrame:
         held = hold_out(labels[drawn], finetune.validation_fraction, "finetune.validation_fraction", "validation", finetune.label_seed)
         split[drawn[held]] = "validation"
     assert np.isin(split, ["labelled", "validation"]).sum() == len(drawn)
-    return images.manifest[["id", "path", "label"]].assign(split=split.astype(str))
+    splits = images.manifest[["id", "path", "label"]].assign(split=split.astype(str))
+    if num_refits:
+        splits["refit"] = draw_refits(np.where(split == "labelled", labels, -1), num_refits, finetune.label_seed, images.class_names)
+    return splits
+
+
+def draw_refits(labels: np.ndarray, num_refits: int, seed: int, class_names: Sequence[str]) -> np.ndarray:
+    """The refit from which each label that stage two trains on is held out, stratified, int64 (N,); -1 where `labels` is -1.
+
+    Raises InputError where a class would leave a refit with none of its labels to hold out.
+    """
+    told = np.flatnonzero(labels >= 0)
+    counts = np.bincount(labels[told], minlength=len(class_names))
+    if counts.min(initial=num_refits) < num_refits or not len(told):
+        scarce = f"{class_names[int(counts.argmin())]!r} has {counts.min()}" if len(told) else "there is none"
+        choice = f"choose {counts.min()} or fewer" if len(told) and counts.min() > 1 else "leave it 0"
+        raise InputError(
+            f"evaluate.cross_validate = {num_refits} holds out labels of each class {num_refits} times, and of those to train on "
+            f"{scarce}: {choice}, or label more images."
+        )
+    refits = np.full(len(labels), -1)
+    refits[told] = stratified_folds(labels[told], num_refits, seed_of("refits", seed))
+    return refits
 
 
 def write_splits(splits: pd.DataFrame, path: Path) -> None:

@@ -44,3 +44,14 @@ def hold_out(labels: np.ndarray, fraction: float, setting: str, *keys: int | str
         raise InputError(f"{setting}={fraction} holds out no image: no class has two labelled ones.")
     draws = np.random.default_rng(seed_of(*keys))
     return draw_by_class(labels, apportion(total, counts, np.zeros_like(counts), spare, draws), draws)
+
+
+def stratified_folds(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """A fold 0..folds-1 for each label, every class spread evenly, at random; -1 (never held out) for a class with one label."""
+    random = np.random.default_rng(seed)
+    result = np.full(len(labels), -1)
+    for label in np.unique(labels):
+        rows = random.permutation(np.flatnonzero(labels == label))
+        if len(rows) > 1:
+            result[rows] = np.arange(len(rows)) % folds
+    return result
