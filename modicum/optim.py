@@ -45,9 +45,9 @@ def parameter_groups(modules: Iterable[tuple[nn.Module, float]], weight_decay: f
 
 def build_optimizer(settings: OptimizerSettings, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
     """The optimizer of resolved settings. LARS (arXiv:1708.03888) adapts only the groups that are decayed."""
-    lr = float(settings.lr)
+    lr, momentum = float(settings.lr), float(settings.momentum)
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr)
     if settings.name == "lars":
-        return Lars(groups, lr=lr, momentum=settings.momentum)
-    return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum, nesterov=settings.nesterov is True)
+        return Lars(groups, lr=lr, momentum=momentum)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=settings.nesterov is True)
