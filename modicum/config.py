@@ -80,7 +80,7 @@ class OptimizerSettings(Settings):
     name: Literal["auto", "sgd", "adamw", "lars"] = Field("auto", description="auto: the method's own")
     lr: Auto | Positive = Field("auto", description="peak learning rate of this very batch size, not of 256")
     weight_decay: Auto | Annotated[float, Field(ge=0)] = Field("auto", description="not applied to biases and norm layers")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD and LARS")
+    momentum: Auto | Annotated[float, Field(ge=0, lt=1)] = Field("auto", description="of SGD and LARS")
     nesterov: bool | Auto = Field("auto", description="of SGD")
 
 

@@ -72,9 +72,9 @@ def rising_to_one(momentum: float, progress: float) -> float:
 
 def build_optimizer(settings: OptimizerSettings, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
     """The optimizer of resolved settings. LARS (arXiv:1708.03888) adapts only the groups that are decayed."""
-    lr = float(settings.lr)
+    lr, momentum = float(settings.lr), float(settings.momentum)
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr)
     if settings.name == "lars":
-        return Lars(groups, lr=lr, momentum=settings.momentum)
-    return torch.optim.SGD(groups, lr=lr, momentum=settings.momentum, nesterov=settings.nesterov is True)
+        return Lars(groups, lr=lr, momentum=momentum)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=settings.nesterov is True)

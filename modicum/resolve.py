@@ -9,10 +9,11 @@ import numpy as np
 from modicum.config import AUTO, DataSettings, Experiment, PretrainSettings, validate
 from modicum.data.images import Images
 from modicum.errors import InputError
-from modicum.method import Decisions, Facts, decide_momentum, find_method, settings_model
+from modicum.method import Decisions, Facts, Recipe, decide_momentum, find_method, settings_model
 from modicum.networks.backbones import choose_architecture
 from modicum.views.policies import build_policy
 
+HAVE_MOMENTUM = {"sgd", "lars"}  # AdamW's averages go by other names
 MONITOR_READINGS = 20  # of the online kNN monitor over a run
 
 
@@ -56,14 +57,7 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
         facts = replace(stage_facts(stage, section, images), transformer=architecture.fixed_size)
         decide(f"{stage}.method.", method.decide(section["method"], facts))
         recipe = (facts.transformer and method.transformer_recipe) or method.recipe
-        batch = section["batch_size"]
-        optimizer: Decisions = {
-            "name": (recipe.name, f"{name}'s own"),
-            "lr": (round(recipe.lr * batch / recipe.batch, 6), f"{recipe.lr} for {recipe.batch} images, scaled to {batch}"),
-            "weight_decay": (recipe.weight_decay, f"{name}'s own"),
-            "nesterov": (recipe.nesterov, f"{name}'s own"),
-        }
-        decide(f"{stage}.optimizer.", _only_auto(section["optimizer"], optimizer))
+        decide(f"{stage}.optimizer.", _optimizer(section["optimizer"], recipe, name, section["batch_size"], f"{stage}.optimizer"))
         views = method.views.get("unlabelled") or method.views.get("labelled") or ("weak",)  # that of the baselines, for want of steps
         policies = [{"name": policy} for policy in views]
         rest: Decisions = {"schedule": (recipe.schedule, f"{name}'s own"), "views": (policies, f"{name}'s own")}
@@ -72,6 +66,7 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             rest["warmup_epochs"] = round(recipe.warmup * epochs, 2), f"{recipe.warmup:.0%} of the run"
             rest["monitor_epochs"] = max(1, round(epochs / MONITOR_READINGS)), f"about {MONITOR_READINGS} readings over the run"
         decide(f"{stage}.", _only_auto(section, rest))
+        _refuse_long_warmup(stage, section)
         if stage == "finetune" and len(section["views"]) > len(policies):  # weak comes first, so a method of fewer views takes the first
             decide("finetune.", {"views": (section["views"][: len(policies)], f"{name} takes {len(policies)} of those given")})
         if len(section["views"]) == 1 and len(policies) > 1:
@@ -108,6 +103,35 @@ def num_steps(settings: PretrainSettings, num_images: int) -> int:
 
 def _only_auto(section: dict[str, Any], decisions: Decisions) -> Decisions:
     return {key: decision for key, decision in decisions.items() if section[key] == AUTO}
+
+
+def _optimizer(settings: dict[str, Any], recipe: Recipe, method: str, batch: int, prefix: str) -> Decisions:
+    """Raises InputError for an explicit setting that the optimizer would ignore."""
+    own = f"{method}'s own"
+    chosen = recipe.name if settings["name"] == AUTO else settings["name"]
+    momentum = (0.9 if chosen in HAVE_MOMENTUM else 0.0) if settings["momentum"] == AUTO else settings["momentum"]
+    accelerates = chosen == "sgd" and momentum > 0  # Nesterov's momentum is SGD's, and one of 0 is none
+    for key, heeded in (("momentum", chosen in HAVE_MOMENTUM), ("nesterov", accelerates)):
+        if settings[key] not in (AUTO, 0) and not heeded:
+            without = f"{chosen} with momentum 0" if key == "nesterov" and chosen == "sgd" else chosen
+            raise InputError(f"{prefix}.{key} = {settings[key]} would do nothing, since {without} has none: leave it out.")
+    return _only_auto(
+        settings,
+        {
+            "name": (recipe.name, own),
+            "lr": (round(recipe.lr * batch / recipe.batch, 6), f"{recipe.lr} for {recipe.batch} images, scaled to {batch}"),
+            "weight_decay": (recipe.weight_decay, own),
+            "momentum": (momentum, "the usual" if momentum else f"{chosen} has none"),
+            "nesterov": (recipe.nesterov and accelerates, own if accelerates else f"{chosen} has none"),
+        },
+    )
+
+
+def _refuse_long_warmup(stage: str, section: dict[str, Any]) -> None:
+    unit = "epochs" if stage == "pretrain" else "steps"
+    warmup, whole = section[f"warmup_{unit}"], section[unit]
+    if warmup > whole:
+        raise InputError(f"{stage}.warmup_{unit} = {warmup:g} is longer than the run of {whole:g} {unit}: choose {whole:g} or less.")
 
 
 def _data(images: Images) -> Decisions:

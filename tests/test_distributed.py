@@ -25,7 +25,7 @@ from modicum.record import Metrics
 from modicum.views.policies import build_policy
 
 RANKS, BATCH = 2, 16
-SHORT = "pretrain.batch_size=64", "pretrain.epochs=0.5", "pretrain.log_every=1"
+SHORT = "pretrain.batch_size=64", "pretrain.epochs=0.5", "pretrain.warmup_epochs=0", "pretrain.log_every=1"
 VIEW = {"image_size": 16, "channels": 1, "mirror": False, "mean": [0.5], "std": [0.25]}
 
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 SMALL = [
-    "pretrain.epochs=1", "pretrain.batch_size=64", "pretrain.optimizer={name: adamw, lr: 0.001}",
-    "finetune.steps=10", "finetune.batch_size=16", "finetune.mu=2", "finetune.log_every=2",
+    "pretrain.epochs=1", "pretrain.warmup_epochs=1", "pretrain.batch_size=64", "pretrain.optimizer={name: adamw, lr: 0.001}",
+    "finetune.steps=10", "finetune.warmup_steps=10", "finetune.batch_size=16", "finetune.mu=2", "finetune.log_every=2",
     "evaluate.linear.strengths=[1.0]", "evaluate.bootstrap=50",
 ]  # fmt: skip
 ROOT = Path(__file__).parent.parent

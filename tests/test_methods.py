@@ -89,7 +89,7 @@ def batch_for(method: Method, device: str = "cpu") -> dict[str, FrozenSample]:
 
 
 def optimizer_for(method: Method) -> torch.optim.Optimizer:
-    settings = OptimizerSettings(name="sgd", lr=0.02, weight_decay=0.0, nesterov=False)
+    settings = OptimizerSettings(name="sgd", lr=0.02, weight_decay=0.0, momentum=0.9, nesterov=False)
     return build_optimizer(settings, parameter_groups([(method, 1.0)], 0.0))
 
 

@@ -62,7 +62,9 @@ def test_the_momentum_rises_to_one() -> None:
 def test_every_optimizer_lowers_a_loss(name: str) -> None:
     torch.manual_seed(0)
     model, x = network(), torch.randn(8, 1, 3, 3)
-    optimizer = build_optimizer(OptimizerSettings(name=name, lr=0.05, weight_decay=1e-4), parameter_groups([(model, 1.0)], 1e-4))
+    optimizer = build_optimizer(
+        OptimizerSettings(name=name, lr=0.05, weight_decay=1e-4, momentum=0.9), parameter_groups([(model, 1.0)], 1e-4)
+    )
     losses = []
     for _ in range(30):
         loss = model(x).square().mean()
@@ -79,7 +81,7 @@ def test_lars_moves_weights_by_a_share_of_their_norm_and_biases_as_sgd_does() ->
     w, b = layer.weight.detach().clone(), layer.bias.detach().clone()
     g, h = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
     layer.weight.grad, layer.bias.grad = g.clone(), h.clone()
-    build_optimizer(OptimizerSettings(name="lars", lr=2.0, weight_decay=0.1), parameter_groups([(layer, 1.0)], 0.1)).step()
+    build_optimizer(OptimizerSettings(name="lars", lr=2.0, weight_decay=0.1, momentum=0.9), parameter_groups([(layer, 1.0)], 0.1)).step()
     trust = 0.001 * w.norm() / (g.norm() + 0.1 * w.norm())
     torch.testing.assert_close(layer.weight.detach(), w - 2.0 * trust * (g + 0.1 * w))
     torch.testing.assert_close(layer.bias.detach(), b - 2.0 * h)

@@ -26,6 +26,7 @@ from modicum.run_folder import RunFolder
 SMALL = [
     "finetune.init=random",
     "finetune.steps=3",
+    "finetune.warmup_steps=0",
     "finetune.batch_size=8",
     "finetune.mu=2",
     "finetune.baselines=[]",

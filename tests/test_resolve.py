@@ -65,6 +65,20 @@ def test_a_method_of_fewer_views_takes_the_first_of_the_configs(digits: Images) 
 
 
 @pytest.mark.parametrize(
+    ("optimizer", "momentum", "nesterov"),
+    [("adamw", 0.0, False), ("lars", 0.9, False), ("sgd", 0.9, True), ("{name: sgd, momentum: 0}", 0.0, False)],
+)
+def test_an_optimizer_has_no_setting_that_it_would_ignore(digits: Images, optimizer: str, momentum: float, nesterov: bool) -> None:
+    spelt = optimizer if optimizer.startswith("{") else f"{{name: {optimizer}}}"
+    found = resolved(digits, f"finetune.optimizer={spelt}")[0].finetune.optimizer  # FixMatch's own is SGD with Nesterov momentum
+    assert (found.momentum, found.nesterov) == (momentum, nesterov)
+
+
+def test_a_warmup_may_last_the_whole_run(digits: Images) -> None:
+    assert resolved(digits, "pretrain.epochs=3", "pretrain.warmup_epochs=3", "finetune.steps=20", "finetune.warmup_steps=20")
+
+
+@pytest.mark.parametrize(
     ("override", "sentence"),
     [
         ("pretrain.method=mocov2", "unknown method 'mocov2': did you mean 'moco_v2'"),
@@ -80,6 +94,12 @@ def test_a_method_of_fewer_views_takes_the_first_of_the_configs(digits: Images) 
         ("finetune.method={name: fixmatch, weak_in_batch: true, teacher: {norm: eman}}", "weak_in_batch"),
         ("finetune.method.threshold=1.5", "threshold = 1.5 is not possible"),
         ("backbone.name=resnet19", "did you mean resnet18"),
+        ("pretrain.optimizer.nesterov=true", "pretrain.optimizer.nesterov = True would do nothing, since adamw has none"),
+        ("pretrain.optimizer={name: lars, nesterov: true}", "nesterov = True would do nothing, since lars has none"),
+        ("finetune.optimizer={name: sgd, momentum: 0, nesterov: true}", "since sgd with momentum 0 has none"),
+        ("finetune.optimizer.momentum=0.8", "finetune.optimizer.momentum = 0.8 would do nothing, since adamw has none"),
+        ("pretrain.epochs=2", "pretrain.warmup_epochs = 3 is longer than the run of 2 epochs: choose 2 or less"),
+        ("finetune.steps=19", "finetune.warmup_steps = 20 is longer than the run of 19 steps"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_sentence(digits: Images, override: str, sentence: str) -> None:
