@@ -93,7 +93,11 @@ def train(session: Session, variant: Variant) -> None:
     """One fine-tuning run; leaves `classifier/` and `backbone/` in the variant's folder."""
     experiment, images = session.experiment, session.images
     settings = experiment.finetune
-    facts = stage_facts("finetune", settings.model_dump(), images)
+    facts = replace(
+        stage_facts("finetune", settings.model_dump(), images),
+        num_labelled=len(variant.labelled),
+        num_unlabelled=len(unlabelled_rows(settings, session.splits)),
+    )
     backbone = initial_backbone(variant.init, experiment)
     method = find_method("finetune", variant.method["name"]).from_settings(backbone, facts, experiment.seed, variant.method)
     assert isinstance(method, SemiSupervised)
@@ -125,8 +129,9 @@ def training(session: Session, variant: Variant, method: SemiSupervised, monitor
         for name, views in method.views.items()
     }
     audit = Audit(images, hardware.device)
+    others = [(child, 1.0) for name, child in method.named_children() if name != "student"]  # projectors; averages have no gradient
     groups = parameter_groups(
-        [(method.student.backbone, settings.backbone_lr_scale), (method.student.head, 1.0)], float(settings.optimizer.weight_decay)
+        [(method.student.backbone, settings.backbone_lr_scale), (method.student.head, 1.0), *others], float(settings.optimizer.weight_decay)
     )
     return Training(
         title=variant.title,

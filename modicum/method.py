@@ -37,6 +37,8 @@ class Facts:
     batch_size: int  # images a step; in stage two labelled ones
     transformer: bool = False  # whether the backbone is built for one image size, cut into patches
     ema_momentum: float = 0.999  # stage two: of the average that is evaluated, for methods without a teacher
+    num_labelled: int = 0  # images of the stream of that name; known once the labels are drawn, not when settings are decided
+    num_unlabelled: int = 0
 
 
 @dataclass(frozen=True)
