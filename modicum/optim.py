@@ -74,7 +74,7 @@ def build_optimizer(settings: OptimizerSettings, groups: list[dict[str, object]]
     """The optimizer of resolved settings. LARS (arXiv:1708.03888) adapts only the groups that are decayed."""
     lr, momentum = float(settings.lr), float(settings.momentum)
     if settings.name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
+        return torch.optim.AdamW(groups, lr=lr, fused=True)  # one pass over memory instead of a dozen calls a parameter
     if settings.name == "lars":
         return Lars(groups, lr=lr, momentum=momentum)
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=settings.nesterov is True)

@@ -46,13 +46,14 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def start(self, student: nn.Module, images: Tensor) -> None:
-        """Once, before the first step: gives student and teacher the norm statistics of `images` (B, C, S, S).
+        """Once, before the first step: gives student and teacher the norm statistics of `images` (B, C, S, S), where they have none yet.
 
         Statistics of mean 0 and variance 1 do not belong to random weights. An EMAN teacher that starts with them maps all
         images to nearly one point (mean cosine of keys 0.99 on digits, against 0.8 with a batch's own), and contrast with such
-        keys collapses before the average has caught up.
+        keys collapses before the average has caught up. A pretrained backbone's statistics are better than those of one batch.
         """
         norms = [module for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        norms = [norm for norm in norms if norm.num_batches_tracked is not None and not norm.num_batches_tracked]
         usual = [norm.momentum for norm in norms]
         for norm in norms:
             norm.momentum = 1.0

@@ -1,4 +1,4 @@
-"""Any of timm's architectures by name, and one small residual network made for the examples on a CPU."""
+"""Any of timm's architectures by name, and two small residual networks made for the examples on a CPU."""
 
 import difflib
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from modicum.randomness import seeded
 # Ours are timm's own networks with other arguments, so that timm alone can load them again.
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet10_small": ("resnet18", {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256]}),
+    "resnet10_tiny": ("resnet18", {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128]}),
 }
 
 
