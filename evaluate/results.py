@@ -65,16 +65,20 @@ def results(session: Session, sets: Sets, judge: Judge, found: Findings, seconds
         "backbone": experiment.backbone.name,
         "knn": {"temperature": experiment.evaluate.knn.temperature, "similarity": "cosine"},
         "neighbours_features": found.shown,
-        "notes": [*found.notes, *remarks(sets, found)],
+        "notes": [*found.notes, *remarks(sets, found, experiment.evaluate.knn.approximate_from)],
         "hardware": session.hardware.describe(),
         "versions": provenance(),
         "seconds": round(seconds, 1),
     }
 
 
-def remarks(sets: Sets, found: Findings) -> list[str]:
+def remarks(sets: Sets, found: Findings, approximate_from: int) -> list[str]:
     """What has to be said of the rows, a sentence or two each."""
     said = [f"kNN with k {', '.join(map(str, ks))} left out: the bank holds {size} images." for size, ks in sorted(found.left_out.items())]
+    said += [
+        f"kNN in the bank of {size:,} images looked into an inverted index, which may miss a neighbour."
+        for size in sorted({len(bank) for bank in sets.banks() if len(bank) >= approximate_from})
+    ]
     refitted = found.first("finetuned_cross_validated")
     if not len(sets.test):
         probes = " The figures are those of a linear probe, cross-validated on the labels." if found.rows and not refitted else ""

@@ -93,7 +93,8 @@ def knn_rows(judge: Judge, sets: Sets, name: str, features: np.ndarray) -> tuple
             left_out[len(bank)] = too_large
         if not ks:
             continue
-        similarities, found = neighbours.search(normalised[bank], normalised[sets.test], ks[-1])
+        approximate = len(bank) >= judge.settings.knn.approximate_from
+        similarities, found = neighbours.search(normalised[bank], normalised[sets.test], ks[-1], approximate)
         neighbour_labels = sets.labels[bank][found]
         for k, scores in neighbours.scores(similarities, neighbour_labels, ks, judge.settings.knn.temperature, sets.num_classes):
             rows.append(judge.row("knn", name, len(bank), scores, sets.labels[sets.test], k=k))

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,6 +24,48 @@ def consistency(logits: Tensor, targets: Tensor, kind: str) -> Tensor:
     if kind == "mse":
         return F.mse_loss(logits.softmax(dim=1), targets)
     return F.kl_div(logits.log_softmax(dim=1), targets.detach(), reduction="batchmean")
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Mean over images of H(p) of logits (N, C), in nats (Grandvalet 2004, equation 6)."""
+    logs = logits.log_softmax(dim=1)
+    return -(logs.exp() * logs).sum(dim=1).mean()
+
+
+def soft_label(logits: Tensor, targets: Tensor, used: Tensor) -> Tensor:
+    """Cross-entropy of logits (N, C) to probabilities (N, C), averaged over all N with those not `used` (N,) as zeros.
+
+    UDA (arXiv:1904.12848), equation 1, less the entropy of the targets, which has no gradient.
+    """
+    return (F.cross_entropy(logits, targets, reduction="none") * used).mean()
+
+
+def annealed_labels(logits: Tensor, labels: Tensor, ceiling: float) -> Tensor:
+    """Cross-entropy of logits (N, C) to labels (N,), over those that are not yet right with more than `ceiling` (arXiv:1904.12848, 3.2)."""
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    waiting = (torch.exp(-losses.detach()) <= ceiling).to(losses.dtype)
+    return (losses * waiting).sum() / waiting.sum().clamp_min(1)
+
+
+def fairness(logits: Tensor, used: Tensor, classes: Tensor, histogram: Tensor) -> Tensor:
+    """Minus the cross-entropy of the strong views' mean prediction to that of weak ones, each over its class histogram.
+
+    FreeMatch (arXiv:2205.07246), equations 10 and 11: `logits` (N, C), `used` (N,); `classes` and `histogram` (C,) are running means
+    of predictions and guessed classes on weak views. Classes that no used strong view is taken for are left out.
+    """
+    share = used / used.sum().clamp_min(1)
+    mean = (logits.softmax(dim=1) * share[:, None]).sum(dim=0)
+    counted = torch.zeros_like(mean).index_add(0, logits.argmax(dim=1), share)
+    target = classes / histogram.clamp_min(1e-6)
+    own = torch.where(counted > 0, mean / counted.clamp_min(1e-6), 0)
+    own = own / own.sum().clamp_min(1e-12)
+    logs = torch.where(counted > 0, own.clamp_min(1e-12).log(), 0)
+    return (target / target.sum() * logs).sum()
+
+
+def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
+    """p^(1/T) (N, C), normalised (MixMatch, arXiv:1905.02249, equation 7)."""
+    return (probabilities.clamp_min(1e-12).log() / temperature).softmax(dim=1)
 
 
 def ramp_up(progress: float, length: float) -> float:

@@ -15,12 +15,16 @@ from modicum.data.images import UNKNOWN
 from modicum.data.stream import Stream
 from modicum.exchange import initial_backbone
 from modicum.finetune.audit import Audit
+from modicum.finetune.methods.propagate import Propagate
+from modicum.finetune.outputs import outputs
+from modicum.finetune.propagation import Propagation
 from modicum.finetune.semi_supervised import SemiSupervised
+from modicum.finetune.warm_start import set_head
 from modicum.loop import Monitor, Training
 from modicum.method import find_method, settings_model
 from modicum.networks import Classifier
 from modicum.optim import build_optimizer, parameter_groups, schedule_with_warmup
-from modicum.record import is_rank_zero, say
+from modicum.record import Metrics, is_rank_zero, say
 from modicum.resolve import stage_facts, view_arguments
 from modicum.session import Session
 from modicum.views.policies import build_policy
@@ -38,6 +42,7 @@ class Variant:
     labelled: np.ndarray  # rows
     unlabelled: np.ndarray  # rows
     init: str | None  # None: random weights
+    warm_start: str = "none"
 
 
 def run(session: Session) -> None:
@@ -56,9 +61,10 @@ def variants(session: Session) -> list[Variant]:
     everything = np.flatnonzero((split != "test") & (session.splits["label"] != UNKNOWN))
     supervised = {"name": "supervised", **settings_model(find_method("finetune", "supervised"))().model_dump()}
     unlabelled = unlabelled_rows(settings, session.splits)
-    chosen = [Variant(f"finetune {settings.method['name']}", folder, settings.method, labelled, unlabelled, start)]
+    title = f"finetune {settings.method['name']}"
+    chosen = [Variant(title, folder, settings.method, labelled, unlabelled, start, settings.warm_start)]
     for name, rows, init in (("random", labelled, None), ("pretrained", labelled, start), ("all_labels", everything, start)):
-        same = any(supervised == v.method and init == v.init and len(rows) == len(v.labelled) for v in chosen)
+        same = any((supervised, init, len(rows), "none") == (v.method, v.init, len(v.labelled), v.warm_start) for v in chosen)
         if name in settings.baselines and not same:
             chosen.append(Variant(f"baseline {name}", folder / "baselines" / name, supervised, rows, unlabelled, init))
     return chosen + refits(session, chosen[0])
@@ -85,13 +91,33 @@ def refits(session: Session, whole: Variant) -> list[Variant]:
 
 def train(session: Session, variant: Variant) -> None:
     """One fine-tuning run; leaves `classifier/` and `backbone/` in the variant's folder."""
+    experiment, images = session.experiment, session.images
+    settings = experiment.finetune
+    facts = replace(
+        stage_facts("finetune", settings.model_dump(), images),
+        num_labelled=len(variant.labelled),
+        num_unlabelled=len(variant.unlabelled),
+    )
+    backbone = initial_backbone(variant.init, experiment)
+    method = find_method("finetune", variant.method["name"]).from_settings(backbone, facts, experiment.seed, variant.method)
+    assert isinstance(method, SemiSupervised)
+    monitors = validation_monitors(session, method)
+    variant.folder.mkdir(parents=True, exist_ok=True)
+    say(f"{variant.title}: {len(variant.labelled)} labelled images" + (f", {settings.steps} steps" if method.views else ""))
+    start_head(session, variant, method, monitors)
+    if method.views:
+        training(session, variant, method, monitors).run()
+    classifier = exported(method, settings)
+    preprocessing = Preprocessing.of(experiment.data)
+    if is_rank_zero():
+        save_backbone(variant.folder / "backbone", classifier.backbone, preprocessing)
+        save_classifier(variant.folder / "classifier", classifier, preprocessing, images.class_names)
+
+
+def training(session: Session, variant: Variant, method: SemiSupervised, monitors: list[Monitor]) -> Training:
+    """The steps of one fine-tuning run, on the streams that its method asks for."""
     experiment, images, hardware = session.experiment, session.images, session.hardware
     settings, seed = experiment.finetune, experiment.seed
-    facts = stage_facts("finetune", settings.model_dump(), images)
-    backbone = initial_backbone(variant.init, experiment)
-    method = find_method("finetune", variant.method["name"]).from_settings(backbone, facts, seed, variant.method)
-    assert isinstance(method, SemiSupervised)
-
     rows = {"labelled": variant.labelled, "unlabelled": variant.unlabelled}
     sizes = {"labelled": settings.batch_size, "unlabelled": settings.batch_size * settings.mu}
     assert isinstance(settings.views, list)  # resolved
@@ -103,10 +129,11 @@ def train(session: Session, variant: Variant) -> None:
         for name, views in method.views.items()
     }
     audit = Audit(images, hardware.device)
-    groups = parameter_groups([(backbone, settings.backbone_lr_scale), (method.student.head, 1.0)], float(settings.optimizer.weight_decay))
-    variant.folder.mkdir(parents=True, exist_ok=True)
-    say(f"{variant.title}: {len(variant.labelled)} labelled images, {settings.steps} steps")
-    Training(
+    others = [(child, 1.0) for name, child in method.named_children() if name != "student"]  # projectors; averages have no gradient
+    groups = parameter_groups(
+        [(method.student.backbone, settings.backbone_lr_scale), (method.student.head, 1.0), *others], float(settings.optimizer.weight_decay)
+    )
+    return Training(
         title=variant.title,
         method=method,
         batch=lambda step: {name: stream.sample(step) for name, stream in streams.items()},
@@ -119,13 +146,20 @@ def train(session: Session, variant: Variant) -> None:
         seed=seed,
         log_every=settings.log_every,
         observe=partial(audit.observe, method),
-        monitors=validation_monitors(session, method),
-    ).run()
-    classifier = exported(method, settings)
-    preprocessing = Preprocessing.of(experiment.data)
-    if is_rank_zero():
-        save_backbone(variant.folder / "backbone", classifier.backbone, preprocessing)
-        save_classifier(variant.folder / "classifier", classifier, preprocessing, images.class_names)
+        monitors=monitors,
+    )
+
+
+def start_head(session: Session, variant: Variant, method: SemiSupervised, monitors: list[Monitor]) -> None:
+    """The head that a method without steps is, and that the others may start from; a saved state holds it already."""
+    if (variant.folder / "state.pt").is_file() or not (isinstance(method, Propagate) or variant.warm_start == "propagate"):
+        return
+    method.to(session.hardware.device)
+    how = method.how if isinstance(method, Propagate) else Propagation()
+    figures = set_head(session, method, variant.labelled, how)
+    for monitor in monitors:
+        figures |= monitor.read()
+    Metrics(variant.folder / "metrics.csv", resume_step=-1).write(0, figures)
 
 
 def unlabelled_rows(settings: FinetuneSettings, splits: pd.DataFrame) -> np.ndarray:
@@ -142,23 +176,14 @@ def exported(method: SemiSupervised, settings: FinetuneSettings) -> Classifier:
 
 def validation_monitors(session: Session, method: SemiSupervised) -> list[Monitor]:
     """Accuracy on the validation part of the labels, where there is one. It is watched; nothing is chosen by it."""
-    experiment, images, hardware = session.experiment, session.images, session.hardware
+    settings = session.experiment.finetune
     rows = torch.from_numpy(np.flatnonzero(session.splits["split"] == "validation"))
     if not len(rows):
         return []
-    policy = build_policy({"name": "none"}, **view_arguments(experiment.data))
-    truth = torch.tensor(images.labels)[rows]
+    truth = torch.tensor(session.images.labels)[rows]
 
-    @torch.no_grad()
     def read() -> dict[str, float]:
-        network = exported(method, experiment.finetune)
-        mode = network.training
-        network.eval()
-        with hardware.autocast():
-            guesses = torch.cat(
-                [network(policy(images.pixels[part].to(hardware.device), {})).argmax(dim=1).cpu() for part in rows.split(512)]
-            )
-        network.train(mode)
+        guesses = outputs(session, exported(method, settings), rows).argmax(dim=1)
         return {"validation_accuracy": (guesses == truth).float().mean().item()}
 
-    return [Monitor(max(1, experiment.finetune.steps // VALIDATION_READINGS), read)]
+    return [Monitor(max(1, settings.steps // VALIDATION_READINGS), read)]

@@ -7,10 +7,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from modicum.config import TeacherSettings
+from modicum import distributed
+from modicum.config import AUTO, TeacherSettings
 from modicum.data.stream import Batch, Sample
 from modicum.errors import InputError
-from modicum.method import Decisions, Facts, Method, Progress, Recipe
+from modicum.method import Decisions, Facts, Method, Progress, Recipe, decide_momentum
 from modicum.networks import Backbone, Classifier
 from modicum.teacher import Teacher, untouched_statistics
 
@@ -23,7 +24,7 @@ class Guesses:
 
     rows: Tensor  # int64 (N,): rows of the data set
     probabilities: Tensor  # (N, C)
-    used: Tensor  # (N,), 0 or 1
+    used: Tensor  # (N,), 0 or 1, or a weight between
 
 
 class SemiSupervised(Method):
@@ -43,8 +44,21 @@ class SemiSupervised(Method):
     def prepare(self, batch: Batch) -> None:
         self.average.start(self.student, batch["unlabelled" if "unlabelled" in batch else "labelled"].view(0))
 
+    @torch.no_grad()
+    def start_head(self, weight: Tensor, bias: Tensor) -> None:
+        """Sets the head (C, D), (C,) of student and average alike, before the first step."""
+        for network in (self.student, self.average.network):
+            assert isinstance(network, Classifier)
+            network.head.weight.copy_(weight)
+            network.head.bias.copy_(bias)
+
+    def features(self, *images: Tensor) -> list[Tensor]:
+        """The student's features of several sets of images in ONE pass, so that all are normalised by the same mixture."""
+        features = self.student.backbone(torch.cat(images))
+        return list(features.split([len(part) for part in images]))
+
     def together(self, *images: Tensor) -> list[Tensor]:
-        """The student's logits of several sets of images in ONE pass, so that all are normalised by the same mixture."""
+        """The student's logits of several sets of images in ONE pass."""
         logits = self.student(torch.cat(images)).float()
         return list(logits.split([len(part) for part in images]))
 
@@ -56,6 +70,12 @@ class SemiSupervised(Method):
         with untouched_statistics(self.student):
             return self.student(sample.view(view)).float().softmax(dim=1)
 
+    @torch.no_grad()
+    def features_without_gradient(self, images: Tensor) -> Tensor:
+        """The student's features from a pass of its own, which leaves the running statistics alone."""
+        with untouched_statistics(self.student):
+            return self.student.backbone(images)
+
     @classmethod
     def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
         teacher = settings.get("teacher", "none")
@@ -64,7 +84,16 @@ class SemiSupervised(Method):
                 "finetune.method.teacher.norm = shuffle_bn has no use in stage two, which compares no query with its key; "
                 "choose bn or eman."
             )
-        return super().decide(settings, facts)
+        decisions = super().decide(settings, facts)
+        if settings.get("momentum") == AUTO:  # of what a method keeps count of: confidence, classes
+            decisions["momentum"] = decide_momentum(0.999, facts.steps, share=0.1)
+        return decisions
 
     def after_step(self, progress: Progress) -> None:
         self.average.update(self.student)
+
+
+@torch.no_grad()
+def remember(memory: Tensor, sample: Sample, values: Tensor) -> None:
+    """Writes `values` (B, ...) into the rows of `memory` that belong to the images of all ranks."""
+    memory.index_copy_(0, distributed.gather(sample.positions), distributed.gather(values.detach().to(memory.dtype)))

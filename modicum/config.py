@@ -127,6 +127,9 @@ class FinetuneSettings(Settings):
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps in which the learning rate rises")
     views: Views = Field("auto", description="policies of the unlabelled views, weak first; the labelled view takes the first")
     init: str = Field("pretrain", description="pretrain (this run's stage one), random, or a backbone folder or file")
+    warm_start: Literal["none", "propagate"] = Field(
+        "none", description="the head before the first step: random, or fitted to labels propagated over the backbone's features"
+    )
     ema_momentum: Auto | Annotated[float, Field(ge=0, lt=1)] = Field(
         "auto", description="of the averaged weights that are evaluated, for methods without a teacher"
     )
@@ -140,6 +143,7 @@ class FinetuneSettings(Settings):
 class KnnSettings(Settings):
     k: list[Count] = Field([1, 5, 10, 20, 50, 100, 200], description="neighbours that vote; those above the bank are left out")
     temperature: Positive = Field(0.07, description="votes weigh exp(cosine / temperature)")
+    approximate_from: Count = Field(500_000, description="images in a bank from which an inverted index is searched, not every image")
 
 
 class LinearSettings(Settings):

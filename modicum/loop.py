@@ -15,7 +15,7 @@ from modicum.data.stream import Batch
 from modicum.errors import InputError, Preempted
 from modicum.hardware import Hardware
 from modicum.method import Method, Progress
-from modicum.optim import Schedule
+from modicum.optim import Schedule, learning_rate
 from modicum.randomness import seed_of
 from modicum.record import Metrics, is_rank_zero, progress, warn
 from modicum.signals import StopSignal
@@ -84,7 +84,7 @@ class Training:
                 loss.total.backward()
                 finite = mask_unless_finite(loss.total, parameters)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = self.optimizer.defaults["lr"] * group["scale"] * self.schedule(step / self.steps)
+                    group["lr"] = learning_rate(group, self.optimizer.defaults["lr"], self.schedule, step / self.steps)
                 self.optimizer.step()
                 method.after_step(Progress(step + 1, self.steps))
 

@@ -5,6 +5,7 @@ import inspect
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_origin
 
 from annotated_types import BaseMetadata
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from modicum import distributed
 from modicum.config import AUTO, Auto, did_you_mean
 from modicum.errors import InputError
+from modicum.networks.stems import SMALL_IMAGE
+from modicum.optim import Pace
 from modicum.randomness import seeded
 
 if TYPE_CHECKING:
@@ -32,7 +35,10 @@ class Facts:
     image_size: int
     steps: int
     batch_size: int  # images a step; in stage two labelled ones
+    transformer: bool = False  # whether the backbone is built for one image size, cut into patches
     ema_momentum: float = 0.999  # stage two: of the average that is evaluated, for methods without a teacher
+    num_labelled: int = 0  # images of the stream of that name; known once the labels are drawn, not when settings are decided
+    num_unlabelled: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,12 @@ class Method(nn.Module):
     views: ClassVar[dict[str, tuple[str, ...]]]  # stream -> the policy of each of its views
     target_views: ClassVar[dict[str, tuple[int, ...]]] = {}  # stream -> numbers of the views that only serve as targets, without gradient
     recipe: ClassVar[Recipe]
+    transformer_recipe: ClassVar[Recipe | None] = None  # where the paper has another one for them
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {}
+    )  # of a variant of another method: its own values, where those in the signature differ
     student: nn.Module  # what is optimised and averaged; other parameters (a predictor) stand beside it
+    paces: Mapping[str, Pace] = MappingProxyType({})  # names of parts whose learning rate does not follow the run's
     progress: Progress = Progress(0, 1)  # of the run, before the step at hand; set by the loop
 
     @classmethod
@@ -107,6 +118,13 @@ def decide_momentum(momentum: float, steps: int, share: float) -> tuple[float, s
     """The paper's momentum, or the largest whose average reaches back over no more than `share` of the run."""
     longest = round(1 - 1 / max(share * steps, 2), 4)
     return (momentum, "the paper's") if momentum <= longest else (longest, f"averages over {share:.0%} of the {steps} steps at most")
+
+
+def decide_width(paper: int, small: int, image_size: int) -> tuple[int, str]:
+    """The paper's width of a head, or a smaller one for small images, whose networks are narrow too."""
+    if image_size > SMALL_IMAGE:
+        return paper, "the paper's"
+    return small, f"for images of up to {SMALL_IMAGE} px; the paper's {paper} belong to a wide network"
 
 
 def decide_teacher(teacher: Any, facts: Facts, momentum: float = 0.999, share: float = 0.1) -> Decisions:
@@ -160,7 +178,8 @@ def settings_model(method: type[Method]) -> type[BaseModel]:
         annotation, meaning = _split(parameter.annotation)
         if parameter.default is AUTO:
             annotation = Auto | annotation
-        fields[parameter.name] = annotation, Field(parameter.default, description=meaning)
+        fields[parameter.name] = annotation, Field(method.defaults.get(parameter.name, parameter.default), description=meaning)
+    assert set(method.defaults) <= set(fields)
     return create_model(method.__name__, __config__=ConfigDict(frozen=True, extra="forbid", validate_default=True), **fields)
 
 

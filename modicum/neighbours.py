@@ -4,12 +4,15 @@ from collections.abc import Iterator
 
 import faiss
 import numpy as np
+import torch
+from torch import Tensor
 
 CHUNK = 4096  # queries that vote at a time: bounds the memory of (queries x classes) tables
+CELLS = 16_000_000  # similarities held at a time
 
 
 def normalise(features: np.ndarray) -> np.ndarray:
-    """Rows of (N, D) scaled to length 1, float32 and contiguous as faiss wants them; a row of zeros stays zero."""
+    """Rows of (N, D) scaled to length 1, float32 and contiguous; a row of zeros stays zero."""
     features = np.ascontiguousarray(features, dtype=np.float32)
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
@@ -20,15 +23,43 @@ def usable(ks: list[int], bank_size: int) -> tuple[list[int], list[int]]:
     return [k for k in ordered if k <= bank_size], [k for k in ordered if k > bank_size]
 
 
-def search(bank: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+@torch.inference_mode()
+def search(bank: np.ndarray, queries: np.ndarray, k: int, approximate: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The `k` most similar rows of `bank` (N, D) for each of `queries` (Q, D): similarities float32 (Q, k), rows int64 (Q, k).
 
-    Both are expected normalised. Exact; most similar first. One search with the largest k serves every smaller one.
+    Both are expected normalised. Exact, most similar first, of equally similar rows the lower one first, unless `approximate`,
+    which looks only into the cells of an inverted index that lie nearest. One search with the largest k serves every smaller one.
     """
-    index = faiss.IndexFlatIP(bank.shape[1])
-    index.add(bank)
-    similarities, rows = index.search(queries, k)
+    if approximate:
+        return _inverted_index(bank).search(queries, k)
+    images, asked = torch.from_numpy(bank), torch.from_numpy(queries)
+    found = [_largest(part @ images.T, k) for part in asked.split(max(1, CELLS // len(images)))]
+    similarities, rows = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
     return similarities, rows
+
+
+def _largest(similar: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` largest of each row (Q, N), descending, and their places; of equal ones those further left."""
+    found = similar.topk(min(k + 1, similar.shape[1]))
+    places = found.indices[:, :k]
+    if k < similar.shape[1] and len(tied := (found.values[:, k - 1] == found.values[:, k]).nonzero()[:, 0]):
+        last = found.values[tied, k - 1, None]  # which of those as large as the last `topk` takes is chance
+        above, equal = similar[tied] > last, similar[tied] == last
+        chosen = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+        places[tied] = chosen.nonzero()[:, 1].view(-1, k)
+    places = places.sort(dim=1).values
+    values, order = similar.gather(1, places).sort(dim=1, descending=True, stable=True)
+    return values, places.gather(1, order)
+
+
+def _inverted_index(bank: np.ndarray) -> faiss.IndexIVFFlat:
+    """As many cells as faiss's guide advises for the size, a sixteenth of which are looked into."""
+    cells = max(1, int(4 * len(bank) ** 0.5))
+    index = faiss.index_factory(bank.shape[1], f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)
+    index.train(bank[:: max(1, len(bank) // (64 * cells))])
+    index.add(bank)
+    index.nprobe = max(1, cells // 16)
+    return index
 
 
 def scores(

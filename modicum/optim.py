@@ -1,7 +1,9 @@
 """Optimizers over parameter groups, and learning-rate schedules as pure functions of progress."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from timm.optim import Lars
@@ -29,18 +31,43 @@ def schedule_with_warmup(name: str, warmup: float) -> Schedule:
     return schedule
 
 
-def parameter_groups(modules: Iterable[tuple[nn.Module, float]], weight_decay: float) -> list[dict[str, object]]:
-    """Groups of the trainable parameters of `modules`, each module with the factor of its learning rate.
+@dataclass(frozen=True)
+class Pace:
+    """How a part of a method follows the learning rate of the run."""
+
+    scheduled: bool = True  # False: always at the peak
+    starts: float = 0.0  # share of the run before which the part stands still
+
+
+def parameter_groups(
+    modules: Iterable[tuple[nn.Module, float]], weight_decay: float, paces: Mapping[nn.Module, Pace] | None = None
+) -> list[dict[str, object]]:
+    """Groups of the trainable parameters of `modules`, each module with the factor of its learning rate; `paces` of parts of them.
 
     Biases and norm layers (parameters of at most one dimension) are neither decayed nor scaled by LARS.
     """
+    own = {parameter: pace for part, pace in (paces or {}).items() for parameter in part.parameters()}
     groups: list[dict[str, object]] = []
     for module, scale in modules:
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        for decay, chosen in ((weight_decay, [p for p in trainable if p.ndim > 1]), (0.0, [p for p in trainable if p.ndim <= 1])):
-            if chosen and scale:
-                groups.append({"params": chosen, "weight_decay": decay, "scale": scale})
+        for pace in dict.fromkeys((Pace(), *own.values())):
+            at_pace = [parameter for parameter in trainable if own.get(parameter, Pace()) == pace]
+            for decay, chosen in ((weight_decay, [p for p in at_pace if p.ndim > 1]), (0.0, [p for p in at_pace if p.ndim <= 1])):
+                if chosen and scale:
+                    groups.append({"params": chosen, "weight_decay": decay, "scale": scale, **asdict(pace)})
     return groups
+
+
+def learning_rate(group: Mapping[str, Any], peak: float, schedule: Schedule, progress: float) -> float:
+    """Of one of the groups above, `progress` (0..1) into the run."""
+    if progress < group["starts"]:
+        return 0.0
+    return peak * group["scale"] * (schedule(progress) if group["scheduled"] else 1.0)
+
+
+def rising_to_one(momentum: float, progress: float) -> float:
+    """A teacher's momentum that starts at `momentum` and rises by a cosine to 1 at the end (arXiv:2006.07733, section 3.2)."""
+    return 1 - (1 - momentum) * SCHEDULES["cosine"](progress)
 
 
 def build_optimizer(settings: OptimizerSettings, groups: list[dict[str, object]]) -> torch.optim.Optimizer:

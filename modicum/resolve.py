@@ -1,7 +1,7 @@
 """`auto` becomes a number: every setting that depends on the data or the method is decided here, once, with its reason."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
                 reasons.append(Reason(f"{prefix}{key}", value, why))
 
     decide("data.", _only_auto(settings["data"], _data(images)))
-    choose_architecture(experiment.backbone, images.channels, images.image_size)
+    architecture = choose_architecture(experiment.backbone, images.channels, images.image_size)
     for stage in ("pretrain", "finetune"):
         section = settings[stage]
         name = section["method"].get("name")
@@ -54,11 +54,12 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             decide("pretrain.", _batch_size(experiment.pretrain, len(images.rows("train"))))
         else:
             decide("finetune.", _only_auto(section, {"ema_momentum": decide_momentum(0.999, section["steps"], share=0.1)}))
-        facts = stage_facts(stage, section, images)
+        facts = replace(stage_facts(stage, section, images), transformer=architecture.fixed_size)
         decide(f"{stage}.method.", method.decide(section["method"], facts))
-        recipe = method.recipe
+        recipe = (facts.transformer and method.transformer_recipe) or method.recipe
         decide(f"{stage}.optimizer.", _optimizer(section["optimizer"], recipe, name, section["batch_size"], f"{stage}.optimizer"))
-        policies = [{"name": policy} for policy in method.views.get("unlabelled", method.views.get("labelled", ()))]
+        views = method.views.get("unlabelled") or method.views.get("labelled") or ("weak",)  # that of the baselines, for want of steps
+        policies = [{"name": policy} for policy in views]
         rest: Decisions = {"schedule": (recipe.schedule, f"{name}'s own"), "views": (policies, f"{name}'s own")}
         if stage == "pretrain":
             epochs = section["epochs"]

@@ -16,6 +16,14 @@ def info_nce(queries: Tensor, keys: Tensor, negatives: Tensor, temperature: floa
 
 
 @in_full_precision
+def in_batch_info_nce(queries: Tensor, all_keys: Tensor, offset: int, temperature: float) -> Tensor:
+    """Each query (N, D) against the keys of the batch (M, D), its own from row `offset` on, times 2 T (arXiv:2104.02057, algorithm 1)."""
+    logits = queries @ all_keys.T / temperature  # (N, M)
+    own = offset + torch.arange(len(queries), device=queries.device)
+    return 2 * temperature * F.cross_entropy(logits, own)
+
+
+@in_full_precision
 def nt_xent(first: Tensor, second: Tensor, all_first: Tensor, all_second: Tensor, offset: int, temperature: float) -> Tensor:
     """Each of this rank's 2N embeddings against the other view of its image, among all 2M of all ranks (arXiv:2002.05709, equation 1).
 
@@ -32,3 +40,32 @@ def nt_xent(first: Tensor, second: Tensor, all_first: Tensor, all_second: Tensor
 def regression(predictions: Tensor, targets: Tensor) -> Tensor:
     """2 - 2 cos of each prediction (N, D) to its target (N, D) (arXiv:2006.07733, equation 2)."""
     return (2 - 2 * F.cosine_similarity(predictions, targets, dim=1)).mean()
+
+
+def negative_cosine(predictions: Tensor, targets: Tensor) -> Tensor:
+    """-cos of each prediction (N, D) to its target (N, D) (arXiv:2011.10566, equation 1)."""
+    return -F.cosine_similarity(predictions, targets, dim=1).mean()
+
+
+@in_full_precision
+def cross_correlation(first: Tensor, second: Tensor) -> Tensor:
+    """(D, D): correlation of every column of `first` with every column of `second` (N, D) over all N (arXiv:2103.03230, equation 2)."""
+    first, second = (F.normalize(z - z.mean(dim=0), dim=0) for z in (first, second))
+    return first.T @ second
+
+
+@in_full_precision
+def covariance(z: Tensor) -> Tensor:
+    """(D, D): covariance of the columns of `z` (N, D), over N - 1 (arXiv:2105.04906, equation 3)."""
+    centred = z - z.mean(dim=0)
+    return centred.T @ centred / (len(z) - 1)
+
+
+def off_diagonal_squares(matrix: Tensor) -> Tensor:
+    """Sum of the squares of a matrix (D, D) beside its diagonal."""
+    return (matrix - matrix.diagonal().diag()).square().sum()
+
+
+def lacking_deviation(z: Tensor) -> Tensor:
+    """By how much the standard deviation of a column of `z` (N, D) falls short of 1, on average (arXiv:2105.04906, equations 1 and 2)."""
+    return F.relu(1 - (z.var(dim=0) + 1e-4).sqrt()).mean()

@@ -32,7 +32,8 @@ def run(session: Session) -> None:
     monitor = KnnMonitor(images, build_policy({"name": "none"}, **views), hardware, experiment.seed)
     every = max(1, math.ceil(float(settings.monitor_epochs) * len(rows) / settings.batch_size))
 
-    groups = parameter_groups([(method, 1.0)], float(settings.optimizer.weight_decay))
+    paces = {method.get_submodule(name): pace for name, pace in method.paces.items()}
+    groups = parameter_groups([(method, 1.0)], float(settings.optimizer.weight_decay), paces)
     Training(
         title="pretrain",
         method=method,

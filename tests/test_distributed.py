@@ -44,12 +44,21 @@ class NormFree(nn.Module):
         return self.layers(images)
 
 
+def without_norm(method: nn.Module) -> None:
+    """Takes batch norm out of the heads: what is left to differ between rank counts is the loss."""
+    for module in list(method.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm1d):
+                setattr(module, name, nn.Identity())
+
+
 def two_steps(images: Images, name: str, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The losses of two steps, and what they leave: gradients of the second, queue and teacher."""
     policies = [build_policy({"name": policy}, **VIEW) for policy in find_method("pretrain", name).views["unlabelled"]]
     stream = Stream.of(images, images.rows("train"), policies, BATCH, torch.device("cpu"), 0, "test")
     facts = Facts(1347, 10, 16, 100, BATCH)
     method = find_method("pretrain", name).from_settings(NormFree(), facts, 0, settings)  # type: ignore[arg-type]
+    without_norm(method)
     trained = nn.parallel.DistributedDataParallel(method) if distributed.world_size() > 1 else method
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
     losses = []
@@ -92,8 +101,12 @@ def free_port() -> str:
     [
         ("moco_v2", {"queue_size": 64, "teacher": TeacherSettings(norm="bn", momentum=0.9)}),
         ("moco_v2", {"queue_size": 40, "teacher": TeacherSettings(norm="shuffle_bn", momentum=0.9, groups=2)}),
+        ("simclr", {}),
+        ("simsiam", {"embedding_size": 24}),
+        ("barlow_twins", {"embedding_size": 12}),
+        ("vicreg", {"embedding_size": 12}),
     ],
-    ids=["moco_v2-bn", "moco_v2-shuffle_bn"],
+    ids=["moco_v2-bn", "moco_v2-shuffle_bn", "simclr", "simsiam", "barlow_twins", "vicreg"],
 )
 def test_two_ranks_equal_one(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
     images = load_images(DataSettings(name="digits"))

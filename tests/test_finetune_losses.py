@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from modicum.finetune.alignment import MOMENTUM, DistributionAlignment
-from modicum.finetune.losses import consistency, linear_ramp, pseudo_label, ramp_up
+from modicum.finetune.losses import (
+    annealed_labels,
+    consistency,
+    entropy,
+    fairness,
+    linear_ramp,
+    pseudo_label,
+    ramp_up,
+    sharpen,
+    soft_label,
+)
+from modicum.finetune.thresholds import flexible, self_adaptive, signal_annealing, truncated_gaussian
 
 SIZES = [(1, 2), (5, 3), (16, 10)]
 
@@ -81,3 +92,92 @@ def test_alignment_scales_guesses_to_the_prior_and_remembers_their_mean() -> Non
         expected = guesses.numpy() * prior.numpy() / mean
         expected /= expected.sum(axis=1, keepdims=True)
         np.testing.assert_allclose(align(guesses, prior).numpy(), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(("n", "c"), SIZES)
+def test_entropy_is_the_formula(n: int, c: int) -> None:
+    given = logits(n, c, 1)
+    total = sum(-sum(p * math.log(p) for p in softmax(row)) for row in given.numpy())
+    assert entropy(given).item() == pytest.approx(total / n, abs=1e-9)
+    assert entropy(torch.zeros(n, c)).item() == pytest.approx(math.log(c), abs=1e-6)
+    torch.autograd.gradcheck(entropy, given.requires_grad_())
+
+
+@pytest.mark.parametrize(("n", "c"), SIZES)
+def test_soft_label_averages_over_all_images_used_or_not(n: int, c: int) -> None:
+    strong, targets, used = logits(n, c, 1), logits(n, c, 2).softmax(dim=1), (torch.arange(n) % 2 == 0).double()
+    total = sum(-sum(targets[i, j].item() * math.log(softmax(strong[i].numpy())[j]) for j in range(c)) for i in range(n) if used[i])
+    assert soft_label(strong, targets, used).item() == pytest.approx(total / n, abs=1e-9)
+    torch.autograd.gradcheck(lambda x: soft_label(x, targets, used), strong.requires_grad_())
+
+
+@pytest.mark.parametrize(("n", "c"), SIZES)
+def test_labels_that_are_learnt_wait(n: int, c: int) -> None:
+    given, labels, ceiling = 2 * logits(n, c, 1), torch.arange(n) % c, 0.4
+    waiting = [p for p in (softmax(given[i].numpy())[labels[i]] for i in range(n)) if p <= ceiling]
+    expected = sum(-math.log(p) for p in waiting) / max(1, len(waiting))
+    assert annealed_labels(given, labels, ceiling).item() == pytest.approx(expected, abs=1e-9)
+    torch.autograd.gradcheck(lambda x: annealed_labels(x, labels, ceiling), given.requires_grad_())
+    sure = torch.full((n, c), -20.0)
+    sure[range(n), labels] = 20
+    assert annealed_labels(sure, labels, 0.9).item() == 0
+
+
+@pytest.mark.parametrize(("n", "c"), SIZES)
+def test_fairness_is_the_formula(n: int, c: int) -> None:
+    strong, used = logits(n, c, 1), (torch.arange(n) % 3 != 1).double()
+    classes, histogram = logits(2, c, 2).softmax(dim=1)
+    rows = [softmax(strong[i].numpy()) for i in range(n) if used[i]]
+    mean = np.mean(rows, axis=0)
+    counted = np.bincount([row.argmax() for row in rows], minlength=c) / len(rows)
+    target = (classes / histogram).numpy()
+    own = np.array([mean[j] / counted[j] if counted[j] else 0 for j in range(c)])
+    expected = sum(target[j] / target.sum() * math.log(own[j] / own.sum()) for j in range(c) if counted[j])
+    assert fairness(strong, used, classes, histogram).item() == pytest.approx(expected, abs=1e-9)
+    torch.autograd.gradcheck(lambda x: fairness(x, used, classes, histogram), strong.requires_grad_())
+
+
+def test_fairness_of_equal_means_is_minus_their_entropy_and_of_nothing_zero() -> None:
+    even = torch.full((3,), 1 / 3)
+    assert fairness(100 * torch.eye(3), torch.ones(3), even, even).item() == pytest.approx(-math.log(3))
+    assert fairness(100 * torch.eye(3), torch.zeros(3), even, even).item() == 0
+
+
+def test_sharpening_is_the_power_normalised() -> None:
+    given = logits(5, 4, 1).softmax(dim=1)
+    powers = given.numpy() ** (1 / 0.4)
+    np.testing.assert_allclose(sharpen(given, 0.4).numpy(), powers / powers.sum(axis=1, keepdims=True), atol=1e-9)
+    np.testing.assert_allclose(sharpen(given, 1.0).numpy(), given.numpy(), atol=1e-9)
+    np.testing.assert_allclose(sharpen(torch.tensor([[0.6, 0.4]]), 0.01).numpy(), [[1, 0]], atol=1e-9)
+
+
+def test_flexible_thresholds_rise_with_what_is_learnt() -> None:
+    """Against arXiv:2110.08263: beta = sigma / max(max sigma, unused), threshold * beta / (2 - beta)."""
+    learnt = np.array([10.0, 5.0, 0.0])
+    for unused in (2.0, 40.0):
+        beta = [count / max(10.0, unused) for count in learnt]
+        expected = [0.95 * b / (2 - b) for b in beta]
+        np.testing.assert_allclose(flexible(torch.tensor(learnt), torch.tensor(unused), 0.95).numpy(), expected, atol=1e-9)
+    assert flexible(torch.tensor([7.0, 7.0]), torch.tensor(0.0), 0.95).tolist() == pytest.approx([0.95, 0.95])
+
+
+def test_self_adaptive_thresholds_are_highest_for_the_class_predicted_most() -> None:
+    thresholds = self_adaptive(torch.tensor(0.8), torch.tensor([0.5, 0.25, 0.25]))
+    assert thresholds.tolist() == pytest.approx([0.8, 0.4, 0.4])
+
+
+def test_the_truncated_gaussian_is_one_from_the_mean_on() -> None:
+    confidence = torch.tensor([0.5, 0.7, 0.8, 0.9], dtype=torch.float64)
+    weights = truncated_gaussian(confidence, torch.tensor(0.8), torch.tensor(0.04), 2.0)
+    expected = [math.exp(-((0.5 - 0.8) ** 2) / (2 * 0.04 / 4)), math.exp(-((0.7 - 0.8) ** 2) / (2 * 0.04 / 4)), 1, 1]
+    assert weights.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_signal_annealing_rises_from_chance_to_one() -> None:
+    for schedule in ("linear", "log", "exp"):
+        assert signal_annealing(1.0, 10, schedule) == pytest.approx(1, abs=0.01)  # type: ignore[arg-type]
+        assert signal_annealing(0.0, 10, schedule) == pytest.approx(0.1, abs=0.01)  # type: ignore[arg-type]
+    assert signal_annealing(0.5, 10, "linear") == pytest.approx(0.55)
+    assert signal_annealing(0.5, 10, "log") == pytest.approx((1 - math.exp(-2.5)) * 0.9 + 0.1)
+    assert signal_annealing(0.5, 10, "exp") == pytest.approx(math.exp(-2.5) * 0.9 + 0.1)
+    assert signal_annealing(0.0, 10, "none") == 1

@@ -77,3 +77,22 @@ def test_chunks_of_queries_change_nothing(monkeypatch):
     monkeypatch.setattr("modicum.neighbours.CHUNK", 7)
     for table, (_, part) in zip(whole, scores(similarities, labels, [2, 6], 0.1, 4), strict=True):
         np.testing.assert_array_equal(table, part)
+
+
+def test_of_equally_similar_images_the_lower_rows_are_found():
+    bank = normalise(np.repeat(np.eye(4, dtype=np.float32), 6, axis=0))  # six copies of each of four images
+    similarities, found = search(bank, bank[[0, 7]], 4)
+    assert found.tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]]
+    assert (similarities == 1).all()
+    _, more = search(bank, bank[[7]], 9)
+    assert more.tolist() == [[6, 7, 8, 9, 10, 11, 0, 1, 2]]
+
+
+def test_an_approximate_search_finds_most_of_what_the_exact_one_does():
+    random = np.random.default_rng(0)
+    centres = random.normal(size=(20, 16))
+    bank, asked = (normalise(centres[random.integers(0, 20, n)] + 0.3 * random.normal(size=(n, 16))) for n in (20_000, 100))
+    _, exact = search(bank, asked, 20)
+    similarities, found = search(bank, asked, 20, approximate=True)
+    assert (np.diff(similarities, axis=1) <= 0).all()
+    assert np.mean([len(set(a) & set(b)) for a, b in zip(exact.tolist(), found.tolist(), strict=True)]) / 20 > 0.9

@@ -16,7 +16,7 @@ from modicum.errors import InputError, Interrupted, Preempted
 from modicum.hardware import Hardware
 from modicum.loop import Training
 from modicum.method import Loss, Method
-from modicum.optim import SCHEDULES
+from modicum.optim import SCHEDULES, Pace, parameter_groups
 from modicum.randomness import generator
 from modicum.record import Metrics
 
@@ -47,8 +47,7 @@ def training(folder: Path, at: Any = None) -> Training:
             at(step)
         return {"x": torch.randn(16, 4, generator=generator(0, step))}
 
-    groups: list[dict[str, object]] = [{"params": list(method.parameters()), "weight_decay": 0.0, "scale": 1.0}]
-    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(parameter_groups([(method, 1.0)], 0.0), lr=0.1, momentum=0.9)
     hardware = Hardware(torch.device("cpu"), "fp32", 1)
     return Training(
         "line",
@@ -116,6 +115,26 @@ def test_metrics_hold_means_over_the_log_interval(tmp_path: Path) -> None:
     rows = Metrics.read(tmp_path / "metrics.csv")
     assert sorted({step for step, _, _ in rows}) == [5, 10, 15, 20, 23]
     assert {name for _, name, _ in rows} == {"loss", "loss/error", "lr"}
+
+
+def test_a_part_stands_still_until_it_starts_and_keeps_a_rate_of_its_own(tmp_path: Path) -> None:
+    run = training(tmp_path)
+    first, last = run.method.student[0], run.method.student[3]  # type: ignore[index]
+    groups = parameter_groups([(run.method, 1.0)], 0.1, {first: Pace(starts=0.5), last: Pace(scheduled=False)})
+    run.optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    healthy, weights, rates = run.batch, [first.weight.detach().clone()], []
+
+    def watched(step: int) -> Any:
+        weights.append(first.weight.detach().clone())
+        rates.append({group["lr"] for group in run.optimizer.param_groups if any(p is last.weight for p in group["params"])})
+        return healthy(step)
+
+    run.batch = watched
+    run.run()
+    half = STEPS // 2 + 1  # 12 of 23: the first step that lies past the half
+    assert all(torch.equal(weights[0], weight) for weight in weights[: half + 2])
+    assert not torch.equal(weights[0], weights[half + 2])
+    assert rates == [{0.1}] * STEPS
 
 
 def test_a_step_without_finite_gradient_is_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ class FrozenSample:
             self.views.append(policy(pixels, policy.draw(make, size)).requires_grad_())
         self.labels = (torch.arange(size) % CLASSES).to(device)
         self.rows = torch.arange(size, device=device)
+        self.positions = self.rows
 
     def view(self, number: int, order: Tensor | None = None) -> Tensor:
         return self.views[number] if order is None else self.views[number][order]
@@ -44,6 +45,8 @@ def variants() -> list[tuple[str, str, dict[str, Any]]]:
     found: list[tuple[str, str, dict[str, Any]]] = []
     for stage in ("pretrain", "finetune"):
         for name in method_names(stage):
+            if not find_method(stage, name).views:
+                continue  # it takes no step: tests/test_propagation.py
             model = settings_model(find_method(stage, name))
             fields = model.model_fields
             easy = {"threshold": 0.05} if "threshold" in fields else {}  # random weights are never sure of anything
@@ -65,8 +68,8 @@ every_variant = pytest.mark.parametrize(
 )
 
 
-def build(stage: str, name: str, settings: dict[str, Any]) -> Method:
-    facts = Facts(num_images=64, num_classes=CLASSES, image_size=SIZE, steps=STEPS, batch_size=BATCH, ema_momentum=0.9)
+def build(stage: str, name: str, settings: dict[str, Any], architecture: str = "resnet10_small") -> Method:
+    facts = Facts(64, CLASSES, SIZE, STEPS, BATCH, ema_momentum=0.9, num_labelled=BATCH, num_unlabelled=2 * BATCH)
     kind = find_method(stage, name)
     resolved = settings_model(kind)(**settings).model_dump()
     for key, (value, _) in kind.decide(resolved, facts).items():
@@ -75,7 +78,7 @@ def build(stage: str, name: str, settings: dict[str, Any]) -> Method:
         for parent in parents:
             section = section[parent]
         section[last] = value
-    backbone = create_backbone(BackboneSettings(), 1, SIZE, seed=0)
+    backbone = create_backbone(BackboneSettings(name=architecture), 1, SIZE, seed=0)
     method = kind.from_settings(backbone, facts, 0, resolved)
     method.progress = Progress(STEPS // 2, STEPS)  # where no ramp is at zero
     return method
@@ -108,7 +111,7 @@ def test_loss_is_finite_and_its_gradient_reaches_the_views_it_should(stage: str,
     loss = method(batch)
     assert loss.total.ndim == 0
     assert torch.isfinite(loss.total)
-    assert all(part.ndim == 0 and part > 0 for part in loss.parts.values()), loss.parts
+    assert all(part.ndim == 0 and part.isfinite() and part != 0 for part in loss.parts.values()), loss.parts  # fairness is below zero
     loss.total.backward()
     for stream, sample in batch.items():
         for number, view in enumerate(sample.views):
@@ -182,6 +185,25 @@ def test_settings_are_documented(stage: str, name: str) -> None:
     assert re.search(r"arXiv:\d{4}\.\d{5}|\w+ \d{4}, ", source) or name == "supervised", "the first line names the paper"
     for key, field in settings_model(method).model_fields.items():
         assert field.description, f"{name}.{key} has no meaning"
+
+
+def test_a_variant_of_a_method_has_its_own_defaults_and_a_config_beats_them() -> None:
+    variant = settings_model(find_method("pretrain", "moco_v1"))
+    assert variant().temperature == 0.07
+    assert variant(temperature=0.3).temperature == 0.3
+    assert variant().embedding_size == settings_model(find_method("pretrain", "moco_v2"))().embedding_size
+    assert [len(build("pretrain", name, {}).student[1]) for name in ("moco_v1", "moco_v2")] == [1, 3]  # a linear head; two layers and ReLU
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_moco_v3_keeps_a_transformers_patch_projection_as_drawn(frozen: bool) -> None:
+    method = build("pretrain", "moco_v3", {"hidden_size": 32, "frozen_patches": frozen}, "vit_tiny_patch16_224")
+    before = {name: parameter.detach().clone() for name, parameter in method.student.named_parameters()}
+    step(method, optimizer_for(method), batch_for(method), 0)
+    still = {name for name, parameter in method.student.named_parameters() if torch.equal(parameter, before[name])}
+    patches = {"0.network.patch_embed.proj.weight", "0.network.patch_embed.proj.bias"}
+    assert still & patches == (patches if frozen else set())
+    assert not any(name.startswith("0.network.blocks") and "mlp" in name for name in still)
 
 
 def test_teacher_settings_of_stage_one_include_eman() -> None:

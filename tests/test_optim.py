@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from modicum.config import OptimizerSettings
-from modicum.optim import SCHEDULES, build_optimizer, parameter_groups, schedule_with_warmup
+from modicum.optim import SCHEDULES, Pace, build_optimizer, learning_rate, parameter_groups, rising_to_one, schedule_with_warmup
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,19 @@ def test_a_learning_rate_factor_of_zero_freezes_a_module() -> None:
     model = network()
     groups = parameter_groups([(model[0], 0.0), (model[3], 1.0)], 0.1)
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model[3].parameters()}
+
+
+def test_a_part_with_a_pace_of_its_own_has_groups_of_its_own() -> None:
+    model = network()
+    groups = parameter_groups([(model, 2.0)], 0.1, {model[3]: Pace(scheduled=False), model[1]: Pace(starts=0.5)})
+    rates = [[learning_rate(group, 0.3, SCHEDULES["cosine"], at) for at in (0.0, 0.5, 1.0)] for group in groups]
+    usual, constant, late = [0.6, 0.3, 0.0], [0.6, 0.6, 0.6], [0.0, 0.3, 0.0]
+    assert [len(group["params"]) for group in groups] == [1, 1, 1, 1, 2]  # convolution, its bias; linear, its bias; the norm layer
+    assert rates == [pytest.approx(expected) for expected in (usual, usual, constant, constant, late)]
+
+
+def test_the_momentum_rises_to_one() -> None:
+    assert [rising_to_one(0.99, at) for at in (0.0, 0.5, 1.0)] == pytest.approx([0.99, 0.995, 1.0], abs=1e-12)
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])

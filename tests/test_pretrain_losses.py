@@ -7,7 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modicum.pretrain.losses import info_nce, nt_xent, regression
+from modicum.pretrain.losses import (
+    covariance,
+    cross_correlation,
+    in_batch_info_nce,
+    info_nce,
+    lacking_deviation,
+    negative_cosine,
+    nt_xent,
+    off_diagonal_squares,
+    regression,
+)
 from modicum.pretrain.queue import Queue
 
 SIZES = [(2, 3, 5), (7, 4, 16), (16, 8, 33)]
@@ -33,6 +43,20 @@ def test_info_nce_is_the_formula(n: int, d: int, k: int) -> None:
 def test_info_nce_of_indistinguishable_keys_is_the_log_of_their_number() -> None:
     q = unit(4, 8, 1)
     assert info_nce(q[:1], q[:1], q[:1].repeat(9, 1), 0.07).item() == pytest.approx(math.log(10))
+
+
+@pytest.mark.parametrize(("n", "d", "k"), SIZES)
+def test_in_batch_info_nce_is_the_formula(n: int, d: int, k: int) -> None:
+    q, keys = unit(n, d, 1), unit(n + k, d, 2)
+    rows, others = q.numpy(), keys.numpy()
+    total = 0.0
+    for i in range(n):
+        below = sum(math.exp(rows[i] @ others[j] / 0.2) for j in range(n + k))
+        total -= 2 * 0.2 * math.log(math.exp(rows[i] @ others[k + i] / 0.2) / below)
+    assert in_batch_info_nce(q, keys, k, 0.2).item() == pytest.approx(total / n, abs=1e-9)
+    torch.autograd.gradcheck(lambda q: in_batch_info_nce(q, keys, k, 0.2), q.requires_grad_())
+    alike = q[:1].detach().repeat(8, 1)
+    assert in_batch_info_nce(alike, alike, 0, 0.5).item() == pytest.approx(math.log(8))
 
 
 @pytest.mark.parametrize(("n", "d", "k"), SIZES)
@@ -63,6 +87,50 @@ def test_regression_is_the_squared_distance_of_unit_vectors(n: int, d: int, k: i
     torch.autograd.gradcheck(lambda p: regression(p, z), p.requires_grad_())
     assert regression(z, 5 * z).item() == pytest.approx(0, abs=1e-12)
     assert regression(z, -z).item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize(("n", "d", "k"), SIZES)
+def test_negative_cosine_is_the_formula(n: int, d: int, k: int) -> None:
+    p, z = 3 * unit(n, d, 1), 0.2 * unit(n, d, 2)
+    rows, targets = p.numpy(), z.numpy()
+    total = sum(-(rows[i] @ targets[i]) / (math.sqrt(rows[i] @ rows[i]) * math.sqrt(targets[i] @ targets[i])) for i in range(n))
+    assert negative_cosine(p, z).item() == pytest.approx(total / n, abs=1e-9)
+    torch.autograd.gradcheck(lambda p: negative_cosine(p, z), p.requires_grad_())
+    assert negative_cosine(z, 5 * z).item() == pytest.approx(-1)
+
+
+@pytest.mark.parametrize(("n", "d", "k"), SIZES)
+def test_cross_correlation_is_the_formula(n: int, d: int, k: int) -> None:
+    first, second = 3 * unit(n, d, 1) + 1, unit(n, d, 2) - 2
+    a, b = (z.numpy() - z.numpy().mean(axis=0) for z in (first, second))
+    for i in range(d):
+        for j in range(d):
+            above = sum(a[row, i] * b[row, j] for row in range(n))
+            below = math.sqrt(sum(a[row, i] ** 2 for row in range(n))) * math.sqrt(sum(b[row, j] ** 2 for row in range(n)))
+            assert cross_correlation(first, second)[i, j].item() == pytest.approx(above / below, abs=1e-9)
+    torch.autograd.gradcheck(lambda z: cross_correlation(z, second), first.requires_grad_())
+    torch.testing.assert_close(cross_correlation(second, -3 * second + 1).diagonal(), -torch.ones(d, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("n", "d", "k"), SIZES)
+def test_the_terms_of_vicreg_are_the_formula(n: int, d: int, k: int) -> None:
+    z = unit(n, d, 1) + 3
+    rows = z.numpy()
+    mean = [sum(rows[:, i]) / n for i in range(d)]
+    shared = [[sum((row[i] - mean[i]) * (row[j] - mean[j]) for row in rows) / (n - 1) for j in range(d)] for i in range(d)]
+    torch.testing.assert_close(covariance(z), torch.tensor(shared, dtype=torch.float64), rtol=0, atol=1e-9)
+    beside = sum(shared[i][j] ** 2 for i in range(d) for j in range(d) if i != j)
+    assert off_diagonal_squares(covariance(z)).item() == pytest.approx(beside, abs=1e-9)
+    lacking = sum(max(0, 1 - math.sqrt(shared[i][i] + 1e-4)) for i in range(d)) / d
+    assert lacking_deviation(z).item() == pytest.approx(lacking, abs=1e-9)
+    torch.autograd.gradcheck(lambda z: off_diagonal_squares(covariance(z)) + lacking_deviation(z), z.requires_grad_())
+
+
+def test_equal_rows_lack_all_deviation_and_share_nothing() -> None:
+    z = torch.full((5, 3), 7.0, dtype=torch.float64)
+    assert lacking_deviation(z).item() == pytest.approx(1 - 0.01)
+    assert off_diagonal_squares(covariance(z)).item() == 0
+    assert lacking_deviation(100 * unit(64, 3, 1)).item() == 0
 
 
 @pytest.mark.parametrize("batch", [1, 4, 5, 7, 25])

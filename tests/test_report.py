@@ -340,3 +340,15 @@ def test_charts_hold_every_point_within_the_frame_and_round_ticks():
     assert len(thin([(float(at), 1.0) for at in range(10_000)])) <= 240
     assert line_chart([Series("a", [], 0)], "k", share=True, label="l") == ""
     assert "&lt;script&gt;" in heat_map([[1, 0], [2, 3]], [EVIL, "b"])
+
+
+def test_a_large_bank_is_searched_by_an_index_and_the_results_say_so(tmp_path):
+    session = session_of(tmp_path / "run", ["labelled"] * 20 + ["unlabelled"] * 20 + ["test"] * 30, NAMES, stages=("pretrain",))
+    settings = session.experiment.evaluate
+    indexed = settings.model_copy(update={"knn": settings.knn.model_copy(update={"approximate_from": 40})})
+    session.experiment = session.experiment.model_copy(update={"evaluate": indexed})
+    run(session)
+    results = json.loads((tmp_path / "run" / "evaluate" / "results.json").read_text())
+    assert [note for note in results["notes"] if "inverted index" in note] == [
+        "kNN in the bank of 40 images looked into an inverted index, which may miss a neighbour."
+    ]

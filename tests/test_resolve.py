@@ -50,6 +50,14 @@ def test_the_learning_rate_is_scaled_to_the_batch_and_shown_as_a_number(digits: 
     assert (experiment.pretrain.optimizer.name, experiment.pretrain.optimizer.lr) == ("lars", pytest.approx(0.15))
 
 
+def test_a_transformer_has_the_papers_settings_for_transformers(digits: Images) -> None:
+    convolutional, _ = resolved(digits, "pretrain={method: moco_v3}")
+    transformer, reasons = resolved(digits, "pretrain={method: moco_v3}", "backbone.name=vit_tiny_patch16_224")
+    assert [e.pretrain.method["temperature"] for e in (convolutional, transformer)] == [1.0, 0.2]
+    assert [e.pretrain.optimizer.name for e in (convolutional, transformer)] == ["lars", "adamw"]
+    assert "transformers" in reasons["pretrain.method.temperature"].why
+
+
 def test_a_method_of_fewer_views_takes_the_first_of_the_configs(digits: Images) -> None:
     experiment, reasons = resolved(digits, "finetune.method=supervised")
     assert experiment.finetune.views == [{"name": "weak"}]

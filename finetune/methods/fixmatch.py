@@ -1,26 +1,22 @@
 """FixMatch (Sohn 2020, arXiv:2001.07685); with `teacher: {norm: eman}` it is FixMatch-EMAN (Cai 2021, arXiv:2101.08482)."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
-import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le
-from torch import nn
+from torch import Tensor, nn
 
-from modicum.data.stream import Batch
+from modicum.data.stream import Sample
 from modicum.errors import InputError
 from modicum.finetune.alignment import DistributionAlignment
-from modicum.finetune.losses import pseudo_label
-from modicum.finetune.semi_supervised import Guesses, SemiSupervised, TeacherOrNone
-from modicum.method import Decisions, Facts, Loss
+from modicum.finetune.semi_supervised import TeacherOrNone
+from modicum.finetune.weak_to_strong import WeakToStrong
+from modicum.method import Decisions, Facts
 from modicum.networks import Backbone
 
 
-class FixMatch(SemiSupervised):
+class FixMatch(WeakToStrong):
     """A confident prediction on a weak view is the label of the strong view of the same image."""
-
-    views: ClassVar = {"labelled": ("weak",), "unlabelled": ("weak", "strong")}
-    target_views: ClassVar = {"unlabelled": (0,)}
 
     def __init__(
         self,
@@ -38,20 +34,15 @@ class FixMatch(SemiSupervised):
         self.threshold, self.lambda_u, self.weak_in_batch = threshold, lambda_u, weak_in_batch
         self.align = DistributionAlignment(facts.num_classes) if distribution_alignment else nn.Identity()
 
-    def forward(self, batch: Batch) -> Loss:
-        labelled, unlabelled = batch["labelled"], batch["unlabelled"]
-        if self.weak_in_batch:
-            logits, strong, weak = self.together(labelled.view(0), unlabelled.view(1), unlabelled.view(0))
-            targets = weak.detach().softmax(dim=1)
-        else:
-            logits, strong = self.together(labelled.view(0), unlabelled.view(1))
-            targets = self.targets(unlabelled, view=0)  # (mu B, C)
+    def predict(self, labelled: Sample, unlabelled: Sample) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.weak_in_batch:
+            return super().predict(labelled, unlabelled)
+        logits, strong, weak = self.together(labelled.view(0), unlabelled.view(1), unlabelled.view(0))
+        return logits, strong, weak.detach().softmax(dim=1)
+
+    def judge(self, targets: Tensor, unlabelled: Sample, logits: Tensor) -> tuple[Tensor, Tensor]:
         targets = self.align(targets)
-        confidence, guess = targets.max(dim=1)
-        used = (confidence >= self.threshold).float()
-        self.guesses = Guesses(unlabelled.rows, targets, used)
-        parts = {"labelled": F.cross_entropy(logits, labelled.labels), "unlabelled": pseudo_label(strong, guess, used)}
-        return Loss(parts["labelled"] + self.lambda_u * parts["unlabelled"], parts)
+        return targets, (targets.amax(dim=1) >= self.threshold).float()
 
     @classmethod
     def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:

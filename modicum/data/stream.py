@@ -36,6 +36,11 @@ class Sample:
         return self.stream.rows[self.chosen[self.mine]].to(self.stream.device)
 
     @cached_property
+    def positions(self) -> Tensor:
+        """int64 (B,) on the device: places of this rank's images in their stream, 0 .. its size - 1, for what is kept an image."""
+        return self.chosen[self.mine].to(self.stream.device)
+
+    @cached_property
     def labels(self) -> Tensor:
         """int64 (B,) on the device. Streams without labels have none."""
         return self.stream.labels[self.chosen[self.mine]].to(self.stream.device)

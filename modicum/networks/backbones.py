@@ -29,6 +29,11 @@ class Architecture:
     arguments: dict[str, Any] = field(default_factory=dict)
     stem: Stem = field(default_factory=dict)
 
+    @property
+    def fixed_size(self) -> bool:
+        """Whether the network is built for images of this size alone."""
+        return "img_size" in self.arguments
+
     def build(self, num_classes: int = 0) -> Any:
         """timm's network: an nn.Module with attributes of timm's own, which nn.Module does not declare."""
         network = timm.create_model(self.name, in_chans=self.channels, num_classes=num_classes, **self.arguments)

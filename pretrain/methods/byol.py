@@ -1,6 +1,5 @@
 """Bootstrap your own latent (Grill 2020, arXiv:2006.07733)."""
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -11,6 +10,7 @@ from modicum.config import TeacherSettings
 from modicum.data.stream import Batch
 from modicum.method import Decisions, Facts, Loss, Method, Progress, Recipe, decide_teacher
 from modicum.networks import Backbone, mlp
+from modicum.optim import rising_to_one
 from modicum.pretrain.losses import regression
 from modicum.teacher import Teacher, in_groups
 
@@ -46,8 +46,7 @@ class BYOL(Method):
         return Loss(regression(predictions[0], targets[1]) + regression(predictions[1], targets[0]))
 
     def after_step(self, progress: Progress) -> None:
-        rising = (math.cos(math.pi * progress.fraction) + 1) / 2
-        self.teacher.update(self.student, momentum=1 - (1 - self.teacher.momentum) * rising)
+        self.teacher.update(self.student, rising_to_one(self.teacher.momentum, progress.fraction))
 
     @classmethod
     def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:

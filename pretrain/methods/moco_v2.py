@@ -36,10 +36,12 @@ class MoCoV2(Method):
         temperature: Annotated[float, Gt(0), "divides the cosine similarities"] = 0.2,
         queue_size: Annotated[int, Ge(1), "past keys that serve as negatives"] = AUTO,
         embedding_size: Annotated[int, Ge(2), "dimensions of queries and keys"] = 128,
+        head_layers: Annotated[int, Ge(1), "linear layers of the head"] = 2,
         teacher: Annotated[TeacherSettings, "the key encoder"] = TeacherSettings(norm="shuffle_bn"),
     ) -> None:
         super().__init__()
-        self.student = nn.Sequential(backbone, mlp(backbone.num_features, backbone.num_features, embedding_size))
+        head = mlp(backbone.num_features, backbone.num_features, embedding_size, num_layers=head_layers)
+        self.student = nn.Sequential(backbone, head)
         self.teacher = Teacher(self.student, teacher)
         self.queue = Queue(queue_size, embedding_size, seed)
         self.temperature = temperature

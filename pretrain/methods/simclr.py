@@ -28,9 +28,11 @@ class SimCLR(Method):
         *,
         temperature: Annotated[float, Gt(0), "divides the cosine similarities; the paper's 0.5 for small images"] = 0.5,
         embedding_size: Annotated[int, Ge(2), "dimensions of the embeddings"] = 128,
+        head_layers: Annotated[int, Ge(1), "linear layers of the head"] = 2,
     ) -> None:
         super().__init__()
-        self.student = nn.Sequential(backbone, mlp(backbone.num_features, backbone.num_features, embedding_size, norm=True))
+        head = mlp(backbone.num_features, backbone.num_features, embedding_size, num_layers=head_layers, norm=True)
+        self.student = nn.Sequential(backbone, head)
         self.temperature = temperature
 
     def forward(self, batch: Batch) -> Loss:

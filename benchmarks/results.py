@@ -1,0 +1,137 @@
+"""What is measured is kept: a table of rows, where they were measured, and both as text."""
+
+import csv
+import json
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from benchmarks.pairs import Row
+from modicum.config import Experiment
+from modicum.files import write_atomically
+from modicum.hardware import choose_hardware
+from modicum.provenance import provenance
+
+RESULTS = Path(__file__).with_name("results.csv")
+README = Path(__file__).with_name("README.md")
+START, END = "<!-- speed table -->", "<!-- /speed table -->"
+PEERS = ("lightly", "kornia")
+COLUMNS = [*(field.name for field in fields(Row)), "held"]
+WORDS = {True: "yes", False: "no", None: ""}
+
+
+def environment() -> str:
+    """Hardware, versions, commit and day, on one line."""
+    made = provenance()
+    versions = [f"{name} {number}" for name, number in made.items() if name not in ("commit", "modified", "modicum") and number]
+    for name in PEERS:
+        try:
+            versions.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    commit = f"{str(made.get('commit', 'none'))[:9]}{' with changes' if made.get('modified') else ''}"
+    hardware = choose_hardware(Experiment())
+    processor = f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{processor}; {hardware.describe()}; {', '.join(versions)}; commit {commit}; {datetime.now(UTC):%d %B %Y}"
+
+
+def processor_name() -> str:
+    """The model's name, which Python itself does not know on Linux."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def read(path: Path) -> list[Row]:
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            Row(
+                *(line[name] for name in ("case", "setting", "candidate")),
+                float(line["median"]),
+                float(line["best"]),
+                line["unit"],
+                *(float(line[name]) if line[name] else None for name in ("ratio", "bar")),
+            )
+            for line in csv.DictReader(file)
+        ]
+
+
+def keep(path: Path, case: str, rows: list[Row]) -> None:
+    """Replaces what the table at `path` holds of the case; the line on where it was measured goes beside it."""
+    write(path, [*(row for row in read(path) if row.case != case), *rows])
+    places = path.with_suffix(".json")
+    known = json.loads(places.read_text(encoding="utf-8")) if places.is_file() else {}
+    write_atomically(places, json.dumps(known | {case: environment()}, indent=2) + "\n")
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    lines = [",".join(COLUMNS)]
+    for row in rows:
+        values = {name: value if value is not None else "" for name, value in asdict(row).items()} | {"held": WORDS[row.held]}
+        lines.append(",".join(_cell(values[name]) for name in COLUMNS))
+    write_atomically(path, "\n".join(lines) + "\n")
+
+
+def _cell(value: object) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f'"{text}"' if "," in text else text
+
+
+def table(case: str, rows: Iterable[Row]) -> Table:
+    """For the terminal: every candidate's figures."""
+    shown = Table(title=case, title_justify="left")
+    for name in ("setting", "candidate", "median", "best", "unit", "ours is better", "bar", "held"):
+        shown.add_column(name, justify="right" if name in ("median", "best", "ours is better", "bar") else "left")
+    for row in rows:
+        ratio, bar = (times(value) if value is not None else "" for value in (row.ratio, row.bar))
+        held = {True: "[green]yes", False: "[bold red]no", None: ""}[row.held]
+        shown.add_row(row.setting, row.candidate, figure(row.median), figure(row.best), row.unit, ratio, bar, held)
+    return shown
+
+
+def figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def times(value: float) -> str:
+    return f"{value:.2f} x" if value < 10 else f"{value:.0f} x"
+
+
+def markdown(rows: Iterable[Row], places: dict[str, str]) -> str:
+    """One line a setting: our figure, and how many times as good it is as each other's, with the bar where there is one."""
+    lines = []
+    for case, of_case in groupby(rows, lambda row: row.case):
+        lines += [f"### {case}", "", f"{places.get(case, '')}", "", "| setting | ours | times as good as |", "|---|---:|---|"]
+        for setting, of_setting in groupby(of_case, lambda row: row.setting):
+            ours, *others = of_setting
+            beside = "; ".join(f"{row.candidate} {times(row.ratio)}{_bar(row)}" for row in [ours, *others] if row.ratio is not None)
+            lines.append(f"| {setting} | {figure(ours.median)} {ours.unit} | {beside} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _bar(row: Row) -> str:
+    return "" if row.bar is None else f" (bar {row.bar:g}, {'held' if row.held else '**not held**'})"
+
+
+def write_table(results: Path = RESULTS, document: Path = README) -> None:
+    """Puts the table of the kept results between the markers of the document."""
+    before, start, rest = document.read_text(encoding="utf-8").partition(START)
+    _, end, after = rest.partition(END)
+    assert start, f"{document} has lost its marker {START}"
+    assert end, f"{document} has lost its marker {END}"
+    places = json.loads(results.with_suffix(".json").read_text(encoding="utf-8"))
+    write_atomically(document, f"{before}{start}\n\n{markdown(read(results), places)}\n{end}{after}")

@@ -1,0 +1,63 @@
+"""AdaMatch (Berthelot 2022, arXiv:2106.04732), in its semi-supervised form."""
+
+import math
+from typing import Annotated, ClassVar
+
+import torch
+from annotated_types import Ge, Gt, Le, Lt
+from torch import Tensor
+
+from modicum import distributed
+from modicum.config import AUTO
+from modicum.data.stream import Sample
+from modicum.finetune.alignment import DistributionAlignment, RunningMean
+from modicum.finetune.semi_supervised import TeacherOrNone
+from modicum.finetune.weak_to_strong import WeakToStrong
+from modicum.method import Facts
+from modicum.networks import Backbone
+from modicum.randomness import generator
+from modicum.teacher import untouched_statistics
+
+
+class AdaMatch(WeakToStrong):
+    """FixMatch whose threshold is relative to the confidence on labelled images, and whose guesses are aligned to theirs."""
+
+    views: ClassVar = {"labelled": ("weak", "strong"), "unlabelled": ("weak", "strong")}
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        facts: Facts,
+        seed: int = 0,
+        *,
+        threshold: Annotated[float, Gt(0), Le(1), "confidence that counts, as a share of the mean one on labelled images"] = 0.9,
+        lambda_u: Annotated[float, Ge(0), "weight of the unlabelled loss once it has risen"] = 1.0,
+        momentum: Annotated[float, Ge(0), Lt(1), "of the running class distributions"] = AUTO,
+        teacher: Annotated[TeacherOrNone, "who predicts on weak views; none: the student itself"] = "none",
+    ) -> None:
+        super().__init__(backbone, facts, teacher)
+        self.threshold, self.lambda_u, self.seed = threshold, lambda_u, seed
+        self.align = DistributionAlignment(facts.num_classes, momentum)
+        self.prior = RunningMean(torch.full((facts.num_classes,), 1 / facts.num_classes), momentum)
+
+    def predict(self, labelled: Sample, unlabelled: Sample) -> tuple[Tensor, Tensor, Tensor]:
+        """The labelled logits, weak and strong, lie somewhere between those normalised with the unlabelled images and without."""
+        weak, strong_labelled, strong = self.together(labelled.view(0), labelled.view(1), unlabelled.view(1))
+        joint = torch.cat([weak, strong_labelled])
+        with untouched_statistics(self.student):
+            alone = self.student(torch.cat([labelled.view(0), labelled.view(1)])).float()
+        draws = torch.rand(joint.shape, generator=generator(self.seed, "adamatch", self.progress.step, distributed.rank()))
+        return torch.lerp(alone, joint, draws.to(joint.device)), strong, self.targets(unlabelled, view=0)
+
+    def judge(self, targets: Tensor, unlabelled: Sample, logits: Tensor) -> tuple[Tensor, Tensor]:
+        known = logits.chunk(2)[0].softmax(dim=1)  # of the weak views
+        targets = self.align(targets, self.prior(known))
+        level = self.threshold * distributed.gather(known.amax(dim=1)).mean()
+        return targets, (targets.amax(dim=1) >= level).float()
+
+    def supervise(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return super().supervise(logits, labels.repeat(2))
+
+    def weights(self) -> dict[str, float]:
+        """Rises to the middle of the run (section 3.5)."""
+        return {"unlabelled": self.lambda_u * (0.5 - math.cos(min(math.pi, 2 * math.pi * self.progress.fraction)) / 2)}

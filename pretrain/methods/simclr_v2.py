@@ -1,0 +1,13 @@
+"""SimCLR with a deeper head (Chen 2020, arXiv:2006.10029); of its three steps, the pretraining."""
+
+from typing import ClassVar
+
+from modicum.method import Recipe
+from modicum.pretrain.methods.simclr import SimCLR
+
+
+class SimCLRV2(SimCLR):
+    """The same contrast as version 1; the third layer of the head leaves the backbone's features less bent to it."""
+
+    recipe: ClassVar = Recipe("lars", lr=0.4, weight_decay=1e-4, warmup=0.05)
+    defaults: ClassVar = {"temperature": 0.1, "head_layers": 3}

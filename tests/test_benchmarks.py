@@ -1,0 +1,169 @@
+"""The benchmarks say what they measured: turns, medians, ratios and bars; and every case still runs."""
+
+import csv
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import pairs, results
+from benchmarks.__main__ import CASES, main
+from benchmarks.pairs import Row
+from modicum.config import OptimizerSettings
+from modicum.hardware import Hardware
+from modicum.loop import Training
+from modicum.method import Loss, Method
+from modicum.optim import SCHEDULES, build_optimizer, parameter_groups
+
+CHECKOUT = Path(results.__file__).parent.parent
+
+
+class FakeClock:
+    """Time that passes only where work is done."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def work(self, name: str, *seconds: float) -> Callable[[], None]:
+        left = list(seconds)
+
+        def work() -> None:
+            self.log.append(name)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return work
+
+
+def test_candidates_take_turns_and_the_first_round_warms_up() -> None:
+    clock = FakeClock()
+    seconds = pairs.take_turns({"ours": clock.work("a", 9, 1, 2), "peer": clock.work("b", 9, 5, 6)}, 2, clock)
+    assert clock.log == ["a", "b"] * 3
+    assert seconds == {"ours": [1, 2], "peer": [5, 6]}
+
+
+def test_what_is_too_slow_to_repeat_is_run_once() -> None:
+    clock = FakeClock()
+    seconds = pairs.take_turns({"ours": clock.work("a", 1), "peer": clock.work("b", 5)}, 3, clock, warm_up=False, once=["peer"])
+    assert clock.log == ["a", "b", "a", "a"]
+    assert seconds == {"ours": [1, 1, 1], "peer": [5]}
+
+
+def test_a_ratio_is_of_medians_and_says_how_many_times_as_good_ours_is() -> None:
+    ours, peer = pairs.compared("case", "setting", {"ours": [1, 2, 9], "peer": [4, 8, 8]}, bars={"peer": 4.0})
+    assert (ours.median, ours.best, ours.ratio, ours.held) == (2, 1, None, None)
+    assert (peer.median, peer.best, peer.unit, peer.ratio, peer.held) == (8, 4, "s", 4.0, True)
+
+
+def test_a_rate_counts_what_each_candidate_does_in_a_round() -> None:
+    ours, peer = pairs.compared(
+        "case", "s", {"ours": [2, 2], "peer": [1, 4]}, unit="images/s", amounts={"ours": 100, "peer": 5}, bars={"peer": 26}
+    )
+    assert (ours.median, peer.median, peer.best) == (50, 2, 5)
+    assert (peer.ratio, peer.held) == (25, False)
+
+
+class Counting(Method):
+    """A method whose step costs a second on the fake clock, and ten the first time."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        super().__init__()
+        self.student = torch.nn.Linear(1, 1)
+        self.step = clock.work("step", 10, 1)
+
+    def forward(self, batch: object) -> Loss:
+        self.step()
+        return Loss(self.student(torch.ones(1, 1)).sum())
+
+
+def test_a_real_training_run_takes_turns_with_its_peers(tmp_path: Path) -> None:
+    clock = FakeClock()
+    method = Counting(clock)
+    training = Training(
+        title="counting",
+        method=method,
+        batch=lambda step: {},
+        optimizer=build_optimizer(OptimizerSettings(name="sgd", lr=0.1, nesterov=False), parameter_groups([(method, 1.0)], 0.0)),
+        schedule=SCHEDULES["constant"],
+        steps=1000,
+        batch_size=1,
+        folder=tmp_path,
+        hardware=Hardware(torch.device("cpu"), "fp32", torch.get_num_threads()),
+        seed=0,
+    )
+    seconds = pairs.train_in_turn(training, 3, {"peer": clock.work("peer", 5)}, 2, clock)
+    assert clock.log == [*["step"] * 3, "peer"] * 3
+    assert seconds == {"ours": [3, 3], "peer": [5, 5]}
+
+
+ROWS = [
+    Row("views", "weak, 28 px", "ours", 2000.0, 2100.0, "views/s"),
+    Row("views", "weak, 28 px", "kornia", 250.0, 260.0, "views/s", 8.0, 6.0),
+    Row("views", "weak, 28 px", "PIL", 500.0, 510.0, "views/s", 4.0, 20.0),
+    Row("probe", "60,000 x 512", "ours", 1.5, 1.4, "s"),
+]
+
+
+def test_results_are_kept_case_by_case(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    results.keep(path, "probe", ROWS[3:])
+    results.keep(path, "views", [Row("views", "old", "ours", 1.0, 1.0, "views/s")])
+    results.keep(path, "views", ROWS[:3])
+    assert results.read(path) == [ROWS[3], *ROWS[:3]]
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == ["case", "setting", "candidate", "median", "best", "unit", "ratio", "bar", "held"]
+    assert [line["held"] for line in lines] == ["", "", "yes", "no"]
+
+
+def test_the_table_stands_between_the_markers(tmp_path: Path) -> None:
+    document, path = tmp_path / "README.md", tmp_path / "results.csv"
+    document.write_text(f"before\n{results.START}\nold\n{results.END}\nafter\n")
+    results.keep(path, "views", ROWS[:3])
+    results.write_table(path, document)
+    text = document.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| weak, 28 px | 2,000 views/s | kornia 8.00 x (bar 6, held); PIL 4.00 x (bar 20, **not held**) |" in text
+    assert f"torch {version('torch')}" in text
+
+
+def test_the_documents_markers_are_there() -> None:
+    assert results.README.read_text().partition(results.START)[2].partition(results.END)[1]
+
+
+def test_an_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["coffee"])
+    assert f"unknown case 'coffee': choose of {', '.join(CASES)}" in capsys.readouterr().err
+
+
+WITHOUT_PEERS = (
+    "import sys; sys.modules.update(dict.fromkeys(('lightly', 'kornia'))); from benchmarks.__main__ import main; main(sys.argv[1:])"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("start", [["-m", "benchmarks"], ["-c", WITHOUT_PEERS]], ids=["with all that is installed", "without extras"])
+def test_every_case_still_runs(case: str, start: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    done = subprocess.run(
+        [sys.executable, *start, case, "--quick", "--results", str(path)], cwd=CHECKOUT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    if f"{case} is skipped" in done.stderr:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    rows = results.read(path)
+    assert {row.candidate for row in rows} > {"ours"}
+    assert all(row.median > 0 and row.best > 0 for row in rows)
+    if start[0] == "-c":
+        assert not [row for row in rows if row.candidate.startswith(("lightly", "kornia"))]

@@ -1,0 +1,170 @@
+"""Labels spread over neighbours: against dense float64 formulas, and as a head that knows no test image."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from modicum.config import BackboneSettings, Experiment
+from modicum.data.images import Images
+from modicum.errors import InputError
+from modicum.finetune.methods.propagate import Propagate
+from modicum.finetune.propagation import Propagation, neighbour_graph, spread
+from modicum.finetune.warm_start import DECAY, fit_head, set_head
+from modicum.hardware import Hardware
+from modicum.method import Facts
+from modicum.networks import create_backbone
+
+
+def features(n: int, d: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(n, d)).astype(np.float32)
+
+
+def clouds(each: int) -> tuple[np.ndarray, np.ndarray]:
+    """Three narrow clouds in different directions, and which one each row belongs to."""
+    truth = np.repeat(np.arange(3), each)
+    return np.eye(3, 5)[truth].astype(np.float32) + 0.1 * features(3 * each, 5), truth
+
+
+def some_labels(n: int, num_classes: int) -> np.ndarray:
+    labels = np.full(n, -1)
+    labels[: 2 * num_classes] = np.arange(2 * num_classes) % num_classes
+    return labels
+
+
+@pytest.mark.parametrize(("n", "d", "k"), [(5, 3, 1), (30, 4, 5), (40, 8, 39)])
+def test_the_graph_joins_each_image_to_its_nearest(n: int, d: int, k: int) -> None:
+    rows = features(n, d)
+    unit = rows.astype(np.float64) / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+    expected = np.zeros((n, n))
+    for i in range(n):
+        others = sorted((j for j in range(n) if j != i), key=lambda j: -(unit[i] @ unit[j]))[:k]
+        furthest = np.sum((unit[i] - unit[others[-1]]) ** 2)
+        for j in others:
+            expected[i, j] = np.exp(-4 * np.sum((unit[i] - unit[j]) ** 2) / furthest)
+    np.testing.assert_allclose(neighbour_graph(rows, k).toarray(), (expected + expected.T) / 2, atol=1e-5)
+
+
+def test_copies_of_an_image_are_neighbours_like_others() -> None:
+    graph = neighbour_graph(np.repeat(features(4, 3), 10, axis=0), 3)
+    assert graph.diagonal().max() == 0
+    assert np.isfinite(graph.toarray()).all()
+    assert graph.sum(axis=1).min() > 0
+
+
+@pytest.mark.parametrize(("n", "c"), [(12, 2), (60, 5)])
+def test_zhou_is_the_closed_form(n: int, c: int) -> None:
+    graph, labels = neighbour_graph(features(n, 4), 6), some_labels(n, c)
+    weights = graph.toarray()
+    root = np.diag(1 / np.sqrt(weights.sum(axis=1)))
+    given = np.array([[float(labels[i] == j) for j in range(c)] for i in range(n)])
+    expected = (1 - 0.9) * np.linalg.inv(np.eye(n) - 0.9 * root @ weights @ root) @ given
+    np.testing.assert_allclose(spread(graph, labels, c, "zhou", 0.9), expected / expected.sum(axis=1, keepdims=True), atol=1e-5)
+
+
+@pytest.mark.parametrize(("n", "c"), [(12, 2), (60, 5)])
+def test_poisson_solves_its_equation_with_mean_zero(n: int, c: int) -> None:
+    graph, labels = neighbour_graph(features(n, 4), 6), some_labels(n, c)
+    weights = graph.toarray()
+    degrees = weights.sum(axis=1)
+    labelled = [i for i in range(n) if labels[i] >= 0]
+    mean = np.mean([np.eye(c)[labels[i]] for i in labelled], axis=0)
+    right = np.zeros((n, c))
+    for i in labelled:
+        right[i] = np.eye(c)[labels[i]] - mean
+    expected = np.linalg.pinv(np.diag(degrees) - weights) @ right
+    expected -= degrees @ expected / degrees.sum()
+    np.testing.assert_allclose(spread(graph, labels, c, "poisson"), expected, atol=2e-3 * np.abs(expected).max())
+
+
+def test_a_path_of_three_in_closed_form() -> None:
+    """Middle node joined to both ends, one label at each end: it must be torn equally, the ends must keep their own."""
+    from scipy import sparse
+
+    path = sparse.csr_array(np.array([[0.0, 1, 0], [1, 0, 1], [0, 1, 0]]))
+    scores = spread(path, np.array([0, -1, 1]), 2, "zhou", 0.5)
+    # (I - S/2)^-1 e_0 is proportional to (7, 2 sqrt 2, 1)
+    np.testing.assert_allclose(scores, [[7 / 8, 1 / 8], [0.5, 0.5], [1 / 8, 7 / 8]], atol=1e-6)
+    np.testing.assert_allclose(spread(path, np.array([0, -1, 1]), 2, "poisson"), [[0.5, -0.5], [0, 0], [-0.5, 0.5]], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["zhou", "poisson"])
+def test_one_label_a_cloud_labels_the_cloud(kind: str) -> None:
+    rows, truth = clouds(40)
+    labels = np.full(120, -1)
+    labels[[0, 40, 80]] = [0, 1, 2]
+    targets = Propagation(kind, 5)(rows, labels, 3)  # type: ignore[arg-type]
+    np.testing.assert_allclose(targets.sum(axis=1), 1)
+    assert (targets.argmax(axis=1) == truth).mean() > 0.95
+
+
+def test_a_part_of_the_graph_without_labels_stays_finite() -> None:
+    rows, _ = clouds(40)
+    labels = np.full(120, -1)
+    labels[[0, 1, 40, 41]] = [0, 0, 1, 1]
+    for kind in ("zhou", "poisson"):
+        assert np.isfinite(spread(neighbour_graph(rows, 5), labels, 3, kind)).all()  # type: ignore[arg-type]
+
+
+def test_the_head_is_the_minimum_of_its_objective() -> None:
+    rows, targets = torch.from_numpy(features(50, 6)).double() * 3 + 1, torch.from_numpy(features(50, 4, 1)).double().softmax(dim=1)
+    weight, bias = fit_head(rows, targets)
+    deviation = rows.std(dim=0, correction=0)
+    weight.requires_grad_(), bias.requires_grad_()
+    total = 0.0
+    for i in range(50):
+        total -= (targets[i] * F.log_softmax(weight @ rows[i] + bias, dim=0)).sum() / 50
+    (total + DECAY * (weight * deviation).square().sum()).backward()
+    assert weight.grad.abs().max() < 1e-4
+    assert bias.grad.abs().max() < 1e-4
+
+
+class Cardboard:
+    """As much of a session as a warm start reads: 90 images of three bright corners, 30 of them test."""
+
+    def __init__(self, spoil: int | None = None) -> None:
+        truth = np.arange(90) % 3
+        pixels = torch.randint(0, 60, (90, 1, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        for number, corner in enumerate(((0, 0), (0, 8), (8, 0))):
+            pixels[truth == number, :, corner[0] : corner[0] + 8, corner[1] : corner[1] + 8] += 180
+        if spoil is not None:
+            pixels[60:] = spoil
+        split = np.array(["labelled"] * 6 + ["unlabelled"] * 54 + ["test"] * 30)
+        paths = [f"{row}.png" for row in range(90)]
+        official = np.where(split == "test", "test", "train")
+        manifest = pd.DataFrame({"id": paths, "path": paths, "label": truth, "split": official})
+        self.images = Images("corners", pixels, manifest, ("a", "b", "c"), False)
+        self.splits = pd.DataFrame({"label": truth, "split": split})
+        data = {"image_size": 16, "channels": 1, "mean": [0.3], "std": [0.3], "mirror": False}
+        self.experiment = Experiment.model_validate({"data": data})
+        self.hardware = Hardware(torch.device("cpu"), "fp32", 1)
+
+
+def propagated(session: Cardboard) -> tuple[Propagate, dict[str, float]]:
+    backbone = create_backbone(BackboneSettings(), 1, 16, seed=0)
+    method = Propagate.from_settings(backbone, Facts(60, 3, 16, 10, 4), 0, {})
+    assert isinstance(method, Propagate)
+    return method, set_head(session, method, np.arange(6), method.how)  # type: ignore[arg-type]
+
+
+def test_the_head_of_propagated_labels_judges_new_images() -> None:
+    session = Cardboard()
+    method, figures = propagated(session)
+    assert figures["propagated_label_accuracy"] > 0.9
+    with torch.no_grad():
+        guesses = method.average.network.eval()((session.images.pixels[60:] / 255 - 0.3) / 0.3).argmax(dim=1)
+    assert (guesses.numpy() == session.images.labels[60:]).mean() > 0.9
+    for mine, theirs in zip(method.student.head.parameters(), method.average.network.head.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_test_images_have_no_part_in_it_and_it_repeats_itself() -> None:
+    first, again, other = (propagated(session)[0].student.head.weight for session in (Cardboard(), Cardboard(), Cardboard(spoil=255)))
+    assert torch.equal(first, again)
+    assert torch.equal(first, other)
+
+
+def test_more_neighbours_than_images_are_refused() -> None:
+    with pytest.raises(InputError, match="choose fewer"):
+        Propagate.decide({"neighbours": 60}, Facts(60, 3, 16, 10, 4))
