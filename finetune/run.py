@@ -96,7 +96,7 @@ def train(session: Session, variant: Variant) -> None:
     facts = replace(
         stage_facts("finetune", settings.model_dump(), images),
         num_labelled=len(variant.labelled),
-        num_unlabelled=len(unlabelled_rows(settings, session.splits)),
+        num_unlabelled=len(variant.unlabelled),
     )
     backbone = initial_backbone(variant.init, experiment)
     method = find_method("finetune", variant.method["name"]).from_settings(backbone, facts, experiment.seed, variant.method)
