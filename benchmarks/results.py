@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
 from benchmarks.pairs import Row
@@ -38,9 +37,8 @@ def environment() -> str:
         except PackageNotFoundError:
             continue
     commit = f"{str(made.get('commit', 'none'))[:9]}{' with changes' if made.get('modified') else ''}"
-    hardware = choose_hardware(Experiment())
-    processor = f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"{processor}; {hardware.describe()}; {', '.join(versions)}; commit {commit}; {datetime.now(UTC):%d %B %Y}"
+    machine = f"{processor_name()}, {os.cpu_count()} cores; {choose_hardware(Experiment()).describe()}"
+    return f"{machine}; {', '.join(versions)}; commit {commit}; {datetime.now(UTC):%d %B %Y}"
 
 
 def processor_name() -> str:
@@ -69,12 +67,12 @@ def read(path: Path) -> list[Row]:
         ]
 
 
-def keep(path: Path, case: str, rows: list[Row]) -> None:
-    """Replaces what the table at `path` holds of the case; the line on where it was measured goes beside it."""
+def keep(path: Path, case: str, rows: list[Row], place: str) -> None:
+    """Replaces what the table at `path` holds of the case; the line on where it was measured, `place`, goes beside it."""
     write(path, [*(row for row in read(path) if row.case != case), *rows])
     places = path.with_suffix(".json")
     known = json.loads(places.read_text(encoding="utf-8")) if places.is_file() else {}
-    write_atomically(places, json.dumps(known | {case: environment()}, indent=2) + "\n")
+    write_atomically(places, json.dumps(known | {case: place}, indent=2) + "\n")
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
@@ -114,10 +112,11 @@ def markdown(rows: Iterable[Row], places: dict[str, str]) -> str:
     """One line a setting: our figure, and how many times as good it is as each other's, with the bar where there is one."""
     lines = []
     for case, of_case in groupby(rows, lambda row: row.case):
-        lines += [f"### {case}", "", f"{places.get(case, '')}", "", "| setting | ours | times as good as |", "|---|---:|---|"]
+        lines += [f"### {case}", "", places.get(case, ""), "", "| setting | ours | times as good as |", "|---|---:|---|"]
         for setting, of_setting in groupby(of_case, lambda row: row.setting):
             ours, *others = of_setting
-            beside = "; ".join(f"{row.candidate} {times(row.ratio)}{_bar(row)}" for row in [ours, *others] if row.ratio is not None)
+            named = [(row, "what is asked" if row is ours else row.candidate) for row in (ours, *others) if row.ratio is not None]
+            beside = "; ".join(f"{name} {times(row.ratio)}{_bar(row)}" for row, name in named)
             lines.append(f"| {setting} | {figure(ours.median)} {ours.unit} | {beside} |")
         lines.append("")
     return "\n".join(lines)

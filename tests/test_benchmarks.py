@@ -1,17 +1,20 @@
 """The benchmarks say what they measured: turns, medians, ratios and bars; and every case still runs."""
 
 import csv
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import pairs, results
-from benchmarks.__main__ import CASES, main
+from benchmarks import neighbours, pairs, results
+from benchmarks.__main__ import CASES, LONG, main
 from benchmarks.pairs import Row
 from modicum.config import OptimizerSettings
 from modicum.hardware import Hardware
@@ -113,9 +116,9 @@ ROWS = [
 
 def test_results_are_kept_case_by_case(tmp_path: Path) -> None:
     path = tmp_path / "results.csv"
-    results.keep(path, "probe", ROWS[3:])
-    results.keep(path, "views", [Row("views", "old", "ours", 1.0, 1.0, "views/s")])
-    results.keep(path, "views", ROWS[:3])
+    results.keep(path, "probe", ROWS[3:], "a machine")
+    results.keep(path, "views", [Row("views", "old", "ours", 1.0, 1.0, "views/s")], "a machine")
+    results.keep(path, "views", ROWS[:3], "a machine")
     assert results.read(path) == [ROWS[3], *ROWS[:3]]
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -126,44 +129,90 @@ def test_results_are_kept_case_by_case(tmp_path: Path) -> None:
 def test_the_table_stands_between_the_markers(tmp_path: Path) -> None:
     document, path = tmp_path / "README.md", tmp_path / "results.csv"
     document.write_text(f"before\n{results.START}\nold\n{results.END}\nafter\n")
-    results.keep(path, "views", ROWS[:3])
+    results.keep(path, "views", ROWS[:3], "a machine")
     results.write_table(path, document)
     text = document.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
     assert "| weak, 28 px | 2,000 views/s | kornia 8.00 x (bar 6, held); PIL 4.00 x (bar 20, **not held**) |" in text
-    assert f"torch {version('torch')}" in text
+    assert "a machine" in text
+
+
+def test_a_result_names_hardware_versions_and_commit() -> None:
+    told = results.environment()
+    assert f"torch {version('torch')}" in told
+    assert re.search(r"\d+ cores; (cpu|cuda|mps).*(bf16|fp32).*; commit [0-9a-f]{9}", told)
 
 
 def test_the_documents_markers_are_there() -> None:
     assert results.README.read_text().partition(results.START)[2].partition(results.END)[1]
 
 
+def test_a_wrong_neighbour_is_noticed_and_a_tie_is_not() -> None:
+    bank = np.eye(4, dtype=np.float32)[[0, 0, 1, 2]]  # two rows alike
+    queries = bank[:1]
+    border = np.array([1.0])
+    one, twice = np.array([[1] + [0] * (neighbours.K - 1)]), np.zeros((1, neighbours.K), dtype=np.int64)
+    assert neighbours.exact_share(bank, queries, one, border) == 2 / neighbours.K
+    assert neighbours.exact_share(bank, queries, twice, border) == 1 / neighbours.K
+    assert neighbours.exact_share(bank, queries, twice + 2, border) == 0
+
+
+@pytest.mark.skipif(not (neighbours.PROC / "clear_refs").exists(), reason="only Linux can tell")
+def test_memory_that_is_gone_again_is_counted() -> None:
+    grown = neighbours.peak_memory(lambda: np.ones(2**26, dtype=np.uint8)) / 2**20
+    assert 62 < grown < 80  # the system counts pages a few hundred at a time
+
+
+def test_settings_are_for_the_chain_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["views", "pretrain.epochs=1"])
+    assert "name that case alone" in capsys.readouterr().err
+
+
 def test_an_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["coffee"])
-    assert f"unknown case 'coffee': choose of {', '.join(CASES)}" in capsys.readouterr().err
+    assert f"unknown case 'coffee': choose of {', '.join((*CASES, *LONG))}" in capsys.readouterr().err
 
 
-WITHOUT_PEERS = (
-    "import sys; sys.modules.update(dict.fromkeys(('lightly', 'kornia'))); from benchmarks.__main__ import main; main(sys.argv[1:])"
-)
+def quick_run(start: list[str], cases: tuple[str, ...], path: Path) -> str:
+    """Runs the cases as the command does, in seconds each; returns what it told."""
+    command = [sys.executable, *start, *cases, "--quick", "--results", str(path)]
+    done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    path = tmp_path_factory.mktemp("quick") / "results.csv"
+    return path, quick_run(["-m", "benchmarks"], (*CASES, *LONG), path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("start", [["-m", "benchmarks"], ["-c", WITHOUT_PEERS]], ids=["with all that is installed", "without extras"])
-def test_every_case_still_runs(case: str, start: list[str], tmp_path: Path) -> None:
-    path = tmp_path / "results.csv"
-    done = subprocess.run(
-        [sys.executable, *start, case, "--quick", "--results", str(path)], cwd=CHECKOUT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    if f"{case} is skipped" in done.stderr:
-        pytest.skip(done.stderr.strip().splitlines()[-1])
-    rows = results.read(path)
-    assert {row.candidate for row in rows} > {"ours"}
+@pytest.mark.parametrize("case", [*CASES, *LONG])
+def test_every_case_still_runs(case: str, everything: tuple[Path, str]) -> None:
+    path, told = everything
+    if f"{case} is skipped" in told:
+        pytest.skip(told)
+    rows = [row for row in results.read(path) if row.case == case]
+    candidates = {row.candidate for row in rows}
+    assert "ours" in candidates
+    assert (len(candidates) > 1) == (case not in LONG)
     assert all(row.median > 0 and row.best > 0 for row in rows)
-    if start[0] == "-c":
-        assert not [row for row in rows if row.candidate.startswith(("lightly", "kornia"))]
+
+
+WITHOUT = "import sys; sys.modules.update(dict.fromkeys(('lightly', 'kornia'))); from benchmarks.__main__ import main; main(sys.argv[1:])"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (find_spec("lightly") or find_spec("kornia")), reason="no extra is installed, so every run is one without")
+def test_a_peer_that_is_not_installed_is_left_out_and_named(tmp_path: Path) -> None:
+    told = quick_run(["-c", WITHOUT], ("views", "neighbours"), tmp_path / "results.csv")
+    assert "kornia is not installed" in told
+    assert "lightly is not installed" in told
+    rows = results.read(tmp_path / "results.csv")
+    assert rows
+    assert not [row for row in rows if row.candidate.startswith(("lightly", "kornia"))]

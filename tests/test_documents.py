@@ -25,11 +25,13 @@ from modicum.views import build_policy
 from modicum.views.recipes import PAPERS, Recipe
 
 CHECKOUT = Path(modicum.__file__).parent.parent
-DOCUMENTS = [CHECKOUT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((CHECKOUT / "docs").glob("*.md"))
+DOCUMENTS = [CHECKOUT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")] + sorted(
+    (CHECKOUT / "docs").glob("*.md")
+)
 SHELL = sorted((CHECKOUT / "pipelines").glob("*.sh"))
 STAGES = ("pretrain", "finetune")
 COLOUR = {"image_size": 224, "channels": 3, "mirror": True, "mean": (0.5,) * 3, "std": (0.25,) * 3}
-every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(CHECKOUT)))
 
 
 def read(name: str) -> str:
@@ -61,18 +63,22 @@ def our_arguments(words: list[str]) -> list[str] | None:
         module = words.index("-m")
         assert words[module + 1 : module + 3] == ["modicum.cli", "--"], words
         return words[module + 3 :]
-    if program == "python" and words[1] == "-m" and (CHECKOUT / words[2] / "__main__.py").is_file():
+    if program == "python" and words[1] == "-m" and words[2] != "benchmarks" and (CHECKOUT / words[2] / "__main__.py").is_file():
         return words[2:]
     return None
 
 
 def check_other(words: list[str]) -> None:
-    """`make TARGET` and `python -m MODULE [FILE]`: what is named must be there."""
+    """`make TARGET`, `python -m benchmarks [CASE]` and `python -m MODULE [FILE]`: what is named must be there."""
     if words[0] == "make":
         targets = re.findall(r"^([a-z]+):", read("Makefile"), flags=re.MULTILINE)
         assert words[1] in targets, f"no such target: make {words[1]}"
         return
     assert (Path(words[0]).name, words[1]) == ("python", "-m"), f"no such command: {words}"
+    if words[2] == "benchmarks":
+        cases = [word for word in words[3:] if not word.startswith("--") and "=" not in word]
+        assert all((CHECKOUT / "benchmarks" / f"{case}.py").is_file() for case in cases), f"no such case: {words}"
+        return
     assert words[2] == "pytest" or (CHECKOUT / f"{words[2].replace('.', '/')}.py").is_file(), f"no such module: {words[2]}"
     assert all((CHECKOUT / word).is_file() for word in words[3:] if word.endswith(".py")), f"no such file: {words}"
 
@@ -144,6 +150,7 @@ def test_the_documents_hold_commands_at_all() -> None:
         "modicum explain digits",
         "torchrun -m modicum.cli pretrain digits --run runs/two",
         "make coffee",
+        "python -m benchmarks coffee",
         "python -m benchmarks.coffee",
         "rm -r runs",
     ],
