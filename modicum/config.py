@@ -21,6 +21,7 @@ Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Model = TypeVar("Model", bound=BaseModel)
+Norm = Literal["bn", "sync_bn"]
 Positive = Annotated[float, Field(gt=0)]
 
 
@@ -87,17 +88,20 @@ class OptimizerSettings(Settings):
 class TeacherSettings(Settings):
     """The moving-average teacher of a method; `teacher: none` where a method can do without."""
 
-    norm: Literal["bn", "shuffle_bn", "eman"] = Field(
-        "eman", description="bn: own batch statistics; shuffle_bn: of a permuted batch, in groups; eman: averaged statistics"
+    norm: Literal["bn", "shuffle_bn", "sync_bn", "eman"] = Field(
+        "eman",
+        description="bn: own batch statistics; shuffle_bn: of a permuted batch, in groups; sync_bn: of all ranks, the student too; "
+        "eman: averaged statistics",
     )
     momentum: Auto | Annotated[float, Field(ge=0, lt=1)] = Field("auto", description="share of the teacher kept at each step")
-    groups: Auto | Count = Field("auto", description="shuffle_bn: norm groups that one device splits a batch into")
+    groups: Auto | Count = Field("auto", description="shuffle_bn: norm groups that a batch is split into, over all ranks")
 
 
 class PretrainSettings(Settings):
     method: PretrainMethod = Field({"name": "moco_v2"}, description="NAME, or {name: NAME, KEY: value} with the method's settings")
     epochs: Positive = Field(100, description="times every training image is seen")
     batch_size: Annotated[int, Field(ge=2)] = Field(256, description="images a step, over all ranks")
+    norm: Norm = Field("bn", description="batch norm on several ranks, heads included: of each rank's images, or sync_bn, of all ranks'")
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: Literal["auto", "cosine", "step", "constant"] = Field("auto", description="learning rate over the run")
     warmup_epochs: Auto | Annotated[float, Field(ge=0)] = Field("auto", description="epochs in which the learning rate rises")
@@ -121,6 +125,7 @@ class FinetuneSettings(Settings):
     batch_size: Count = Field(64, description="labelled images a step, over all ranks")
     mu: Count = Field(7, description="unlabelled images a step for each labelled one")
     labelled_in_unlabelled: bool = Field(True, description="labelled images are also part of the unlabelled set")
+    norm: Norm = Field("bn", description="batch norm on several ranks, heads included: of each rank's images, or sync_bn, of all ranks'")
     optimizer: OptimizerSettings = OptimizerSettings()
     backbone_lr_scale: Annotated[float, Field(ge=0)] = Field(1.0, description="the backbone's learning rate over the head's")
     schedule: Literal["auto", "cosine", "cosine_7_16", "step", "constant"] = Field("auto", description="learning rate over the run")

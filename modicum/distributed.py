@@ -31,9 +31,15 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def announced_ranks() -> int:
+    """The ranks that the launcher speaks of, before they have joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def share(size: int) -> slice:
-    """This rank's part of a global batch of `size` images."""
-    mine = size // world_size()
+    """This rank's part of a global batch of `size` images, which the ranks divide."""
+    mine, rest = divmod(size, world_size())
+    assert not rest, f"{size} images cannot be dealt evenly to {world_size()} ranks"
     return slice(rank() * mine, (rank() + 1) * mine)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from modicum import distributed
@@ -65,7 +66,14 @@ class Training:
         hardware = self.hardware
         torch.set_num_threads(hardware.threads)
         metrics = Metrics(self.folder / "metrics.csv", start)
-        trained = DistributedDataParallel(method) if distributed.world_size() > 1 else method
+        trained: nn.Module = method
+        if distributed.world_size() > 1:
+            trained = DistributedDataParallel(method)
+            if method.norm == "bn" and any(isinstance(module, _BatchNorm) for module in method.modules()):
+                warn(
+                    f"{self.title}: each of the {distributed.world_size()} ranks normalises by its own images, so that results depend on "
+                    "the number of ranks; with norm: sync_bn they do not."
+                )
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         saved_at = time.monotonic()
         method.train()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modicum import distributed
 from modicum.config import AUTO, Auto, did_you_mean
 from modicum.errors import InputError
+from modicum.networks.norms import synchronise
 from modicum.networks.stems import SMALL_IMAGE
 from modicum.optim import Pace
 from modicum.randomness import seeded
@@ -35,6 +36,7 @@ class Facts:
     image_size: int
     steps: int
     batch_size: int  # images a step; in stage two labelled ones
+    norm: str = "bn"  # bn | sync_bn
     transformer: bool = False  # whether the backbone is built for one image size, cut into patches
     ema_momentum: float = 0.999  # stage two: of the average that is evaluated, for methods without a teacher
     num_labelled: int = 0  # images of the stream of that name; known once the labels are drawn, not when settings are decided
@@ -90,6 +92,7 @@ class Method(nn.Module):
     )  # of a variant of another method: its own values, where those in the signature differ
     student: nn.Module  # what is optimised and averaged; other parameters (a predictor) stand beside it
     paces: Mapping[str, Pace] = MappingProxyType({})  # names of parts whose learning rate does not follow the run's
+    norm: str = "bn"  # what normalises the student: bn | shuffle_bn | sync_bn; set by `from_settings`
     progress: Progress = Progress(0, 1)  # of the run, before the step at hand; set by the loop
 
     @classmethod
@@ -97,7 +100,12 @@ class Method(nn.Module):
         """The method of a resolved config's block `{name: NAME, KEY: value}`; its new layers are drawn from `seed`."""
         model = settings_model(cls)(**{key: value for key, value in settings.items() if key != "name"})
         with seeded(seed, cls.__name__):
-            return cls(backbone, facts, seed, **{name: getattr(model, name) for name in type(model).model_fields})
+            method = cls(backbone, facts, seed, **{name: getattr(model, name) for name in type(model).model_fields})
+        teacher = getattr(getattr(model, "teacher", None), "norm", "none")
+        method.norm = teacher if teacher in ("shuffle_bn", "sync_bn") else facts.norm
+        if method.norm == "sync_bn":
+            synchronise(method)  # the teacher and all heads too
+        return method
 
     def prepare(self, batch: "Batch") -> None:
         """What comes before the first step of a fresh run, given that step's batch: the norm statistics of a teacher."""
@@ -136,15 +144,23 @@ def decide_teacher(teacher: Any, facts: Facts, momentum: float = 0.999, share: f
         decisions["teacher.momentum"] = decide_momentum(momentum, facts.steps, share)
     if teacher["norm"] != "shuffle_bn":
         return decisions
-    groups = teacher["groups"]
-    if groups == AUTO:
-        groups = next((number for number in (8, 4, 2) if facts.batch_size % number == 0 and facts.batch_size // number >= 8), 2)
-        decisions["teacher.groups"] = groups, "8 as on the paper's 8 devices, fewer where a group would hold under 8 images"
-    if groups == 1 and distributed.world_size() == 1:
+    if facts.norm == "sync_bn":
         raise InputError(
-            "teacher.groups = 1 with norm shuffle_bn on one device changes nothing: permuting a batch that is normalised as one "
-            "group leaves its statistics as they are. Use groups of 2 or more, or norm: eman."
+            "norm = sync_bn takes statistics over the whole batch, which shuffling does not change, so it does not go with "
+            "teacher.norm = shuffle_bn. Choose norm=bn, or another norm for the teacher."
         )
+    groups, ranks = teacher["groups"], distributed.announced_ranks()
+    if groups == AUTO:
+        fitting = (number for number in (8, 4, 2) if facts.batch_size % number == 0 and facts.batch_size // number >= 8)
+        groups = next((number for number in fitting if number % ranks == 0), max(2, ranks))
+        decisions["teacher.groups"] = groups, "8 as on the paper's 8 devices, fewer where a group would hold under 8 images"
+    if groups == 1:
+        raise InputError(
+            "teacher.groups = 1 with norm shuffle_bn changes nothing: permuting a batch that is normalised as one group leaves its "
+            "statistics as they are. Use 2 groups or more, or norm: eman."
+        )
+    if groups % ranks:
+        raise InputError(f"teacher.groups = {groups} cannot be dealt evenly to {ranks} ranks: choose a multiple of {ranks}.")
     if facts.batch_size % groups or facts.batch_size // groups < 2:
         raise InputError(f"teacher.groups = {groups} does not divide batch_size = {facts.batch_size} into groups of at least 2 images.")
     return decisions

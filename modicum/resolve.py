@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from modicum import distributed
 from modicum.config import AUTO, DataSettings, Experiment, PretrainSettings, validate
 from modicum.data.images import Images
 from modicum.errors import InputError
 from modicum.method import Decisions, Facts, Recipe, decide_momentum, find_method, settings_model
 from modicum.networks.backbones import choose_architecture
+from modicum.record import warn
 from modicum.views.policies import build_policy
 
 HAVE_MOMENTUM = {"sgd", "lars"}  # AdamW's averages go by other names
@@ -54,10 +56,14 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             decide("pretrain.", _batch_size(experiment.pretrain, len(images.rows("train"))))
         else:
             decide("finetune.", _only_auto(section, {"ema_momentum": decide_momentum(0.999, section["steps"], share=0.1)}))
+        batch, ranks = section["batch_size"], distributed.announced_ranks()
+        if batch % ranks:
+            raise InputError(f"{stage}.batch_size = {batch} cannot be dealt evenly to {ranks} ranks: choose a multiple of {ranks}.")
         facts = replace(stage_facts(stage, section, images), transformer=architecture.fixed_size)
         decide(f"{stage}.method.", method.decide(section["method"], facts))
+        _warn_of_leak(stage, section)
         recipe = (facts.transformer and method.transformer_recipe) or method.recipe
-        decide(f"{stage}.optimizer.", _optimizer(section["optimizer"], recipe, name, section["batch_size"], f"{stage}.optimizer"))
+        decide(f"{stage}.optimizer.", _optimizer(section["optimizer"], recipe, name, batch, f"{stage}.optimizer"))
         views = method.views.get("unlabelled") or method.views.get("labelled") or ("weak",)  # that of the baselines, for want of steps
         policies = [{"name": policy} for policy in views]
         rest: Decisions = {"schedule": (recipe.schedule, f"{name}'s own"), "views": (policies, f"{name}'s own")}
@@ -92,6 +98,7 @@ def stage_facts(stage: str, section: dict[str, Any], images: Images) -> Facts:
         image_size=images.image_size,
         steps=section["steps"] if stage == "finetune" else num_steps(PretrainSettings.model_validate(section), num_images),
         batch_size=section["batch_size"],
+        norm=section["norm"],
         ema_momentum=section.get("ema_momentum", 0),
     )
 
@@ -158,4 +165,18 @@ def _batch_size(settings: PretrainSettings, num_images: int) -> Decisions:
         return {}
     if "batch_size" in settings.model_fields_set:
         raise InputError(f"pretrain.batch_size = {settings.batch_size} is larger than the {num_images} training images.")
-    return {"batch_size": (max(2, num_images // 2), f"half of the {num_images} training images")}
+    ranks = distributed.announced_ranks()
+    return {"batch_size": (max(2, num_images // 2 // ranks * ranks), f"half of the {num_images} training images")}
+
+
+def _warn_of_leak(stage: str, section: dict[str, Any]) -> None:
+    """Statistics over all ranks tell a query from its queue as well as those of one (He 2019, arXiv:1911.05722, section 3.3)."""
+    method = section["method"]
+    if "queue_size" not in method or "teacher" not in method:
+        return
+    teacher = method["teacher"]["norm"]
+    if teacher == "sync_bn" or (section["norm"] == "sync_bn" and teacher == "bn"):
+        warn(
+            f"{stage}: sync_bn does not keep a query and its key from sharing norm statistics that no key in the queue has, so the "
+            "task can be solved without seeing the images. teacher.norm shuffle_bn or eman prevents that."
+        )

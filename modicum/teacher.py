@@ -18,6 +18,8 @@ class Teacher(nn.Module):
     norm `bn`: normalises with the statistics of its own batch; buffers are copied from the student.
     norm `shuffle_bn`: the same, of a permuted batch that is split into groups, so that a key never shares its statistics with
         its query (He 2019, arXiv:1911.05722, section 3.3).
+        The groups are those of the batch of all ranks, so that their number does not change the outcome.
+    norm `sync_bn`: as `bn`, over the batch of all ranks (`networks/norms.py`).
     norm `eman`: buffers are averaged as the parameters are, and the copy stays in evaluation mode: what it says of an image
         does not depend on what stands beside it.
     """
@@ -27,7 +29,7 @@ class Teacher(nn.Module):
         self.network = copy.deepcopy(student).requires_grad_(False)
         self.norm = settings.norm
         self.momentum = float(settings.momentum)
-        self.groups = int(settings.groups) if settings.norm == "shuffle_bn" else 1
+        self.groups = int(settings.groups) // distributed.world_size() if settings.norm == "shuffle_bn" else 1  # of this rank
         self.train()
 
     def train(self, mode: bool = True) -> "Teacher":

@@ -53,7 +53,7 @@ def variants() -> list[tuple[str, str, dict[str, Any]]]:
             if "teacher" not in fields:
                 found.append((stage, name, easy))
                 continue
-            norms = ["bn", "eman"] if stage == "finetune" else ["bn", "shuffle_bn", "eman"]
+            norms = ["bn", "sync_bn", "eman"] if stage == "finetune" else ["bn", "shuffle_bn", "sync_bn", "eman"]
             found += [
                 (stage, name, easy | {"teacher": {"norm": norm, "groups": 2} if norm == "shuffle_bn" else {"norm": norm}}) for norm in norms
             ]

@@ -87,6 +87,7 @@ def test_a_warmup_may_last_the_whole_run(digits: Images) -> None:
         ("pretrain.method.queue_size=100000", "queue_size = 100000 is larger than the data set of 1347 images"),
         ("pretrain.method.teacher={norm: shuffle_bn, groups: 1}", "changes nothing"),
         ("pretrain.method.teacher={norm: shuffle_bn, groups: 7}", "does not divide"),
+        ("pretrain={norm: sync_bn, method: {name: moco_v2, teacher: {norm: shuffle_bn}}}", "does not go with teacher.norm = shuffle_bn"),
         ("pretrain.batch_size=5000", "batch_size = 5000 is larger than the 1347 training images"),
         ("pretrain.views=simclr/simclr/simclr", "names 3 policies, but moco_v2 takes 2 views"),
         ("pretrain.views={name: simclr, crop_scal: [0.1, 1]}", "crop_scale"),
@@ -106,3 +107,46 @@ def test_what_cannot_be_is_refused_in_one_sentence(digits: Images, override: str
     with pytest.raises(InputError) as refusal:
         resolved(digits, override)
     assert sentence in str(refusal.value)
+
+
+@pytest.fixture
+def three_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")  # announced by a launcher, not yet joined: settings are refused before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ([], "pretrain.batch_size = 128 cannot be dealt evenly to 3 ranks: choose a multiple of 3."),
+        (["pretrain.batch_size=240"], "finetune.batch_size = 16 cannot be dealt evenly to 3 ranks: choose a multiple of 3."),
+        (
+            ["pretrain.batch_size=240", "pretrain.method.teacher={norm: shuffle_bn, groups: 4}"],
+            "teacher.groups = 4 cannot be dealt evenly to 3 ranks: choose a multiple of 3.",
+        ),
+    ],
+)
+def test_ranks_that_do_not_divide_a_batch_are_refused(digits: Images, three_ranks: None, overrides: list[str], sentence: str) -> None:
+    with pytest.raises(InputError) as refusal:
+        resolved(digits, *overrides)
+    assert str(refusal.value) == sentence
+
+
+def test_groups_left_auto_are_dealt_evenly_to_the_ranks(digits: Images, three_ranks: None) -> None:
+    experiment, _ = resolved(
+        digits, "pretrain.batch_size=240", "finetune.batch_size=66", "pretrain.method={name: moco_v2, teacher: {norm: shuffle_bn}}"
+    )
+    assert experiment.pretrain.method["teacher"]["groups"] == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "leaks"),
+    [
+        ("pretrain.method={name: moco_v2, teacher: {norm: sync_bn}}", True),
+        ("pretrain={norm: sync_bn, method: {name: moco_v2, teacher: {norm: bn}}}", True),
+        ("pretrain={norm: sync_bn, method: {name: moco_v2, teacher: {norm: eman}}}", False),
+        ("pretrain.method={name: byol, teacher: {norm: sync_bn}}", False),
+    ],
+)
+def test_a_queue_under_sync_bn_is_warned_of(digits: Images, override: str, leaks: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    resolved(digits, override)
+    assert ("without seeing the images" in capsys.readouterr().err) == leaks
