@@ -1,7 +1,7 @@
 """Stage two from a session: fine-tune the classifier, the supervised baselines that it is compared with, the refits that judge it."""
 
+import math
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from modicum.config import FinetuneSettings
 from modicum.data.images import UNKNOWN
 from modicum.data.stream import Stream
 from modicum.exchange import initial_backbone
-from modicum.finetune.audit import Audit
+from modicum.finetune.audit import Audit, calibration_error
 from modicum.finetune.methods.propagate import Propagate
 from modicum.finetune.outputs import outputs
 from modicum.finetune.propagation import Propagation
@@ -128,7 +128,8 @@ def training(session: Session, variant: Variant, method: SemiSupervised, monitor
         )
         for name, views in method.views.items()
     }
-    audit = Audit(images, hardware.device)
+    audit = Audit(images, variant.labelled, method, variant.folder, hardware.device)
+    epoch = math.ceil(len(rows["unlabelled"]) / sizes["unlabelled"])
     others = [(child, 1.0) for name, child in method.named_children() if name != "student"]  # projectors; averages have no gradient
     groups = parameter_groups(
         [(method.student.backbone, settings.backbone_lr_scale), (method.student.head, 1.0), *others], float(settings.optimizer.weight_decay)
@@ -145,8 +146,8 @@ def training(session: Session, variant: Variant, method: SemiSupervised, monitor
         hardware=hardware,
         seed=seed,
         log_every=settings.log_every,
-        observe=partial(audit.observe, method),
-        monitors=monitors,
+        observe=audit.observe,
+        monitors=[*monitors, *audit.monitors(settings.log_every, epoch)],
     )
 
 
@@ -183,7 +184,8 @@ def validation_monitors(session: Session, method: SemiSupervised) -> list[Monito
     truth = torch.tensor(session.images.labels)[rows]
 
     def read() -> dict[str, float]:
-        guesses = outputs(session, exported(method, settings), rows).argmax(dim=1)
-        return {"validation_accuracy": (guesses == truth).float().mean().item()}
+        confidence, guesses = outputs(session, exported(method, settings), rows).softmax(dim=1).max(dim=1)
+        right = (guesses == truth).numpy()
+        return {"validation_accuracy": float(right.mean()), "validation_calibration_error": calibration_error(confidence.numpy(), right)}
 
     return [Monitor(max(1, settings.steps // VALIDATION_READINGS), read)]

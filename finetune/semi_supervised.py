@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modicum import distributed
 from modicum.config import AUTO, TeacherSettings
@@ -33,6 +33,7 @@ class SemiSupervised(Method):
     recipe: ClassVar = Recipe("sgd", lr=0.03, weight_decay=5e-4, batch=64, nesterov=True, schedule="cosine_7_16")
     student: Classifier
     guesses: Guesses | None = None
+    ledger: nn.Module  # the audit's, here for the state alone
 
     def __init__(self, backbone: Backbone, facts: Facts, teacher: TeacherOrNone = "none") -> None:
         super().__init__()

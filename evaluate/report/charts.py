@@ -97,6 +97,25 @@ def _short(number: float) -> str:
     return f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:g}"
 
 
+def bars(rows: Sequence[tuple[str, float, float | None]], *, label: str) -> Markup:
+    """Shares as horizontal bars (name, share, where to set a mark or None), all from zero to the largest."""
+    if not rows:
+        return Markup()
+    height, margin = 17, 96
+    largest = max(max(share, mark or 0) for _, share, mark in rows) or 1
+    across = (WIDTH - margin - 48) / largest
+    parts = []
+    for number, (name, share, mark) in enumerate(rows):
+        y = number * height
+        parts.append(f'<text class="tick" x="{margin - 6}" y="{y + 12}" text-anchor="end">{escape(clip(name))}</text>')
+        parts.append(f'<rect class="right" x="{margin}" y="{y + 3}" width="{share * across:.1f}" height="{height - 5}" rx="2"/>')
+        if mark is not None:
+            x = margin + mark * across
+            parts.append(f'<line class="line c1" x1="{x:.1f}" x2="{x:.1f}" y1="{y + 1}" y2="{y + height - 1}"/>')
+        parts.append(f'<text class="tick" x="{margin + max(share, mark or 0) * across + 5:.1f}" y="{y + 12}">{100 * share:.1f}</text>')
+    return Markup(f'<svg viewBox="0 0 {WIDTH} {len(rows) * height + 2}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>')
+
+
 def heat_map(confusion: Sequence[Sequence[int]], names: Sequence[str]) -> Markup:
     """Rows: true class; columns: predicted. Colour is the share of the row; numbers where they can be read."""
     size = len(names)

@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from modicum.evaluate.report.charts import Series, line_chart
+from modicum.evaluate.report.charts import Series, bars, line_chart
 from modicum.record import Metrics
 
 Curves = dict[str, list[tuple[float, float]]]
@@ -17,6 +17,17 @@ PSEUDO_LABELS = {
     "pseudo_label_accuracy": "right, of all",
     "pseudo_label_accuracy_above_threshold": "right, of those that count",
 }
+
+
+AUDIT = {
+    "epoch/accuracy": "right, of all",
+    "epoch/accuracy_used": "right, of those that count",
+    "epoch/share_used": "share that counts",
+    "epoch/flips": "changed since the last epoch",
+    "epoch/calibration_error": "calibration error",
+    "epoch/distance_to_prior": "distance of classes to the labels'",
+}
+MOST_CLASSES = 30  # bars; of more, those furthest off are drawn
 
 
 @dataclass(frozen=True)
@@ -74,11 +85,35 @@ def _stage_two(folder: Path) -> list[Chart]:
             "The classifier's own guesses on unlabelled images. Where the truth is known it audits them here; it never reaches a loss.",
             line_chart(audit, "steps", share=True, label="Pseudo-labels over steps"),
         ),
+        *_audit(folder),
         Chart(
             "Fine-tuning: validation accuracy, %",
             "On the labels held out to watch training.",
             line_chart(validation, "steps", share=True, label="Validation accuracy over steps"),
         ),
+    ]
+
+
+def _audit(folder: Path) -> list[Chart]:
+    """The pseudo-labels of whole epochs, over images: what the run's audit.csv holds."""
+    curves = read_curves(folder / "finetune" / "audit.csv")
+    series = [Series(words, curves.get(name, []), at) for at, (name, words) in enumerate(AUDIT.items())]
+    last = {name: points[-1][1] for name, points in curves.items()}
+    classes = [name.removeprefix("epoch/share/") for name in last if name.startswith("epoch/share/")]
+    shares = [(name, last[f"epoch/share/{name}"], last[f"epoch/prior/{name}"]) for name in classes]
+    right = [(name, last[f"epoch/accuracy/{name}"], None) for name in classes if f"epoch/accuracy/{name}" in last]
+    known = "" if right else " The true labels are not known, so that whether they are right cannot be said."
+    shares = sorted(sorted(shares, key=lambda row: -abs(row[1] - (row[2] or 0)))[:MOST_CLASSES], key=lambda row: classes.index(row[0]))
+    right = sorted(sorted(right, key=lambda row: row[1])[:MOST_CLASSES], key=lambda row: classes.index(row[0]))
+    return [
+        Chart(
+            "Pseudo-labels by epoch, %",
+            "Each unlabelled image counted once an epoch; labelled ones, which the network was told, are left out of what is right."
+            + known,
+            line_chart(series, "steps", share=True, label="Pseudo-labels over epochs"),
+        ),
+        Chart("Classes guessed in the last epoch, %", "Bars: guesses. Marks: the labels.", bars(shares, label="Classes guessed")),
+        Chart("Pseudo-labels right in the last epoch, by true class, %", "", bars(right, label="Pseudo-labels right by class")),
     ]
 
 
