@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from modicum import distributed
 from modicum.config import TeacherSettings
 from modicum.data.stream import Sample
+from modicum.networks.folding import Folded
 
 
 class Teacher(nn.Module):
@@ -21,8 +22,10 @@ class Teacher(nn.Module):
         The groups are those of the batch of all ranks, so that their number does not change the outcome.
     norm `sync_bn`: as `bn`, over the batch of all ranks (`networks/norms.py`).
     norm `eman`: buffers are averaged as the parameters are, and the copy stays in evaluation mode: what it says of an image
-        does not depend on what stands beside it.
+        does not depend on what stands beside it. Its constant norm is folded into its convolutions.
     """
+
+    folded: Folded | None = None
 
     def __init__(self, student: nn.Module, settings: TeacherSettings) -> None:
         super().__init__()
@@ -40,11 +43,22 @@ class Teacher(nn.Module):
     @torch.no_grad()  # not inference_mode: keys enter the student's graph
     def forward(self, sample: Sample, view: int) -> Tensor:
         """The network's output for one view of this rank's images, in their order: (B, D)."""
+        if self.norm == "eman":
+            return self._in_evaluation(sample.view(view))
         if self.norm != "shuffle_bn":
             return self.network(sample.view(view))
         order = sample.permutation()
         shuffled = distributed.gather(in_groups(self.network, sample.view(view, order), self.groups))
         return shuffled[torch.argsort(order)[distributed.share(len(order))].to(shuffled.device)]
+
+    def _in_evaluation(self, images: Tensor) -> Tensor:
+        kind = images.device.type
+        if kind == "meta":  # where it cannot be seen whether folding changes anything
+            return self.network(images)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        if self.folded is None or self.folded.dtype != dtype:
+            self.folded = Folded(self.network, images, dtype)
+        return self.folded(images)
 
     @torch.no_grad()
     def start(self, student: nn.Module, images: Tensor) -> None:
