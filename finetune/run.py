@@ -120,11 +120,19 @@ def training(session: Session, variant: Variant, method: SemiSupervised, monitor
     settings, seed = experiment.finetune, experiment.seed
     rows = {"labelled": variant.labelled, "unlabelled": variant.unlabelled}
     sizes = {"labelled": settings.batch_size, "unlabelled": settings.batch_size * settings.mu}
-    assert isinstance(settings.views, list)  # resolved
-    policies = [build_policy(policy, **view_arguments(experiment.data)) for policy in settings.views]
+    chosen = {"labelled": settings.labelled_views, "unlabelled": settings.views}
+    policies = {name: [build_policy(policy, **view_arguments(experiment.data)) for policy in views] for name, views in chosen.items()}
     streams = {
         name: Stream.of(
-            images, rows[name], policies[: len(views)], sizes[name], hardware.device, seed, variant.title, name, labelled=name == "labelled"
+            images,
+            rows[name],
+            policies[name][: len(views)],  # a baseline takes fewer
+            sizes[name],
+            hardware.device,
+            seed,
+            variant.title,
+            name,
+            labelled=name == "labelled",
         )
         for name, views in method.views.items()
     }

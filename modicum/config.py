@@ -130,7 +130,8 @@ class FinetuneSettings(Settings):
     backbone_lr_scale: Annotated[float, Field(ge=0)] = Field(1.0, description="the backbone's learning rate over the head's")
     schedule: Literal["auto", "cosine", "cosine_7_16", "step", "constant"] = Field("auto", description="learning rate over the run")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps in which the learning rate rises")
-    views: Views = Field("auto", description="policies of the unlabelled views, weak first; the labelled view takes the first")
+    views: Views = Field("auto", description="policies of the unlabelled views, weak first")
+    labelled_views: Views = Field("auto", description="policies of the labelled views, of baselines too; auto: the first of views")
     init: str = Field("pretrain", description="pretrain (this run's stage one), random, or a backbone folder or file")
     warm_start: Literal["none", "propagate"] = Field(
         "none", description="the head before the first step: random, or fitted to labels propagated over the backbone's features"

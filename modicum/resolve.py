@@ -73,15 +73,27 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             rest["monitor_epochs"] = max(1, round(epochs / MONITOR_READINGS)), f"about {MONITOR_READINGS} readings over the run"
         decide(f"{stage}.", _only_auto(section, rest))
         _refuse_long_warmup(stage, section)
-        if stage == "finetune" and len(section["views"]) > len(policies):  # weak comes first, so a method of fewer views takes the first
-            decide("finetune.", {"views": (section["views"][: len(policies)], f"{name} takes {len(policies)} of those given")})
-        if len(section["views"]) == 1 and len(policies) > 1:
-            section["views"] = section["views"] * len(policies)
-        if len(section["views"]) != len(policies):
-            raise InputError(f"{stage}.views names {len(section['views'])} policies, but {name} takes {len(policies)} views.")
-        for policy in section["views"]:
+        decide(f"{stage}.", _views(stage, section, "views", len(policies), name))
+        if stage == "finetune":
+            number = max(1, len(method.views.get("labelled", ())))  # the baselines take one
+            same = (section["views"] * number)[:number], "as the unlabelled ones, weak first"
+            decide("finetune.", _only_auto(section, {"labelled_views": same}))
+            decide("finetune.", _views(stage, section, "labelled_views", number, name))
+        for policy in (*section["views"], *section.get("labelled_views", ())):
             build_policy(policy, **view_arguments(DataSettings(**settings["data"])))
     return Experiment.model_validate(settings), reasons
+
+
+def _views(stage: str, section: dict[str, Any], key: str, number: int, name: str) -> Decisions:
+    """As many policies as the method takes: one given serves all. Raises InputError where it cannot be."""
+    given = section[key]
+    if len(given) == 1:
+        return {key: (given * number, "the same for all")}
+    if stage == "finetune" and len(given) > number:  # weak comes first, so that methods of fewer views can be compared in one sweep
+        return {key: (given[:number], f"{name} takes {number} of those given")}
+    if len(given) != number:
+        raise InputError(f"{stage}.{key} names {len(given)} policies, but {name} takes {number} views.")
+    return {}
 
 
 def view_arguments(data: DataSettings) -> dict[str, Any]:
