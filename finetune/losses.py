@@ -68,6 +68,37 @@ def sharpen(probabilities: Tensor, temperature: float) -> Tensor:
     return (probabilities.clamp_min(1e-12).log() / temperature).softmax(dim=1)
 
 
+def squared_error(logits: Tensor, targets: Tensor, used: Tensor) -> Tensor:
+    """Squared difference of probabilities, of logits (N, C) to targets (N, C), averaged over classes and all N, those not `used` as zeros.
+
+    MixMatch (arXiv:1905.02249), equation 4.
+    """
+    return ((logits.softmax(dim=1) - targets).square().mean(dim=1) * used).mean()
+
+
+def prior_distance(logits: Tensor, prior: Tensor) -> Tensor:
+    """KL(prior || mean prediction) of logits (N, C) and prior (C,) (Arazo 2020, arXiv:1908.02983, equation 2)."""
+    mean = logits.softmax(dim=1).mean(dim=0)
+    return (prior * (prior / mean.clamp_min(1e-12)).log()).sum()
+
+
+def embedding_cross_entropy(similarities: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of softmax(similarities / T) (N, M) to rows of `targets` (N, M) that sum to 1, mean over N.
+
+    CoMatch (arXiv:2011.11183), equation 8; SimMatch (arXiv:2203.06915), equation 6.
+    """
+    return F.cross_entropy(similarities / temperature, targets)
+
+
+def pseudo_label_graph(probabilities: Tensor, threshold: float) -> Tensor:
+    """Rows (N, N) summing to 1: 1 for an image itself, p_i . p_j for others from `threshold` on (arXiv:2011.11183, equation 6)."""
+    graph = probabilities @ probabilities.T
+    graph = torch.where(graph >= threshold, graph, 0)
+    itself = torch.eye(len(graph), dtype=graph.dtype, device=graph.device)
+    graph = graph * (1 - itself) + itself
+    return graph / graph.sum(dim=1, keepdim=True)
+
+
 def ramp_up(progress: float, length: float) -> float:
     """exp(-5 (1 - r)^2) with r = progress / length up to 1 (Laine 2017, arXiv:1610.02242, section 3)."""
     r = min(1.0, progress / length) if length else 1.0

@@ -6,19 +6,27 @@ import numpy as np
 import pytest
 import torch
 
+from modicum.finetune.adversarial import adversarial_direction
 from modicum.finetune.alignment import MOMENTUM, DistributionAlignment
 from modicum.finetune.losses import (
     annealed_labels,
     consistency,
+    embedding_cross_entropy,
     entropy,
     fairness,
     linear_ramp,
+    prior_distance,
     pseudo_label,
+    pseudo_label_graph,
     ramp_up,
     sharpen,
     soft_label,
+    squared_error,
 )
+from modicum.finetune.memory import Memory
+from modicum.finetune.mixup import Mixing
 from modicum.finetune.thresholds import flexible, self_adaptive, signal_annealing, truncated_gaussian
+from modicum.method import find_method, settings_model
 
 SIZES = [(1, 2), (5, 3), (16, 10)]
 
@@ -181,3 +189,98 @@ def test_signal_annealing_rises_from_chance_to_one() -> None:
     assert signal_annealing(0.5, 10, "log") == pytest.approx((1 - math.exp(-2.5)) * 0.9 + 0.1)
     assert signal_annealing(0.5, 10, "exp") == pytest.approx(math.exp(-2.5) * 0.9 + 0.1)
     assert signal_annealing(0.0, 10, "none") == 1
+
+
+@pytest.mark.parametrize(("n", "c"), SIZES)
+def test_squared_error_averages_over_all_images_used_or_not(n: int, c: int) -> None:
+    given, targets, used = logits(n, c, 1), logits(n, c, 2).softmax(dim=1), (torch.arange(n) % 2 == 0).double()
+    total = sum(np.mean((softmax(given[i].numpy()) - targets[i].numpy()) ** 2) for i in range(n) if used[i])
+    assert squared_error(given, targets, used).item() == pytest.approx(total / n, abs=1e-9)
+    torch.autograd.gradcheck(lambda x: squared_error(x, targets, used), given.requires_grad_())
+
+
+@pytest.mark.parametrize(("n", "c"), SIZES)
+def test_prior_distance_is_the_formula(n: int, c: int) -> None:
+    given, prior = logits(n, c, 1), logits(1, c, 2).softmax(dim=1)[0]
+    mean = np.mean([softmax(row) for row in given.numpy()], axis=0)
+    expected = sum(p * math.log(p / m) for p, m in zip(prior.tolist(), mean, strict=True))
+    assert prior_distance(given, prior).item() == pytest.approx(expected, abs=1e-9)
+    assert prior_distance(torch.zeros(n, c), torch.full((c,), 1 / c)).item() == pytest.approx(0, abs=1e-6)
+    torch.autograd.gradcheck(lambda x: prior_distance(x, prior), given.requires_grad_())
+
+
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_embedding_cross_entropy_is_the_formula(n: int, m: int) -> None:
+    similarities, targets = logits(n, m, 1), logits(n, m, 2).softmax(dim=1)
+    total = sum(-sum(targets[i, j].item() * math.log(softmax(similarities[i].numpy() / 0.2)[j]) for j in range(m)) for i in range(n))
+    assert embedding_cross_entropy(similarities, targets, 0.2).item() == pytest.approx(total / n, abs=1e-9)
+    torch.autograd.gradcheck(lambda x: embedding_cross_entropy(x, targets, 0.2), similarities.requires_grad_())
+
+
+@pytest.mark.parametrize(("n", "c"), SIZES)
+def test_the_graph_joins_what_is_guessed_alike(n: int, c: int) -> None:
+    given = (3 * logits(n, c, 1)).softmax(dim=1)
+    expected = np.zeros((n, n))
+    for i in range(n):
+        for j in range(n):
+            agreement = float(given[i] @ given[j])
+            expected[i, j] = 1 if i == j else agreement if agreement >= 0.3 else 0
+    expected /= expected.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(pseudo_label_graph(given, 0.3).numpy(), expected, atol=1e-9)
+    sure = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
+    assert pseudo_label_graph(sure, 0.8).tolist() == [[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]]
+
+
+def test_mixing_blends_images_and_targets_by_the_same_shares() -> None:
+    images, targets = torch.rand(6, 1, 2, 2, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
+    mix = Mixing(6, 0.75, torch.device("cpu"), 0, 3, keep=True)
+    blended, labels = mix(images), mix(targets)
+    for i in range(6):
+        share, partner = mix.shares[i].item(), mix.partners[i].item()
+        assert 0.5 <= share <= 1
+        np.testing.assert_allclose(blended[i], share * images[i] + (1 - share) * images[partner], atol=1e-9)
+        np.testing.assert_allclose(labels[i], share * targets[i] + (1 - share) * targets[partner], atol=1e-9)
+    assert torch.equal(Mixing(6, 0.75, torch.device("cpu"), 0, 3, keep=True)(images), blended)
+    assert not torch.equal(Mixing(6, 0.75, torch.device("cpu"), 0, 4, keep=True)(images), blended)
+    assert Mixing(500, 4.0, torch.device("cpu"), 0).shares.min() < 0.5
+
+
+def test_the_memory_keeps_the_last_and_smooths_by_the_most_alike() -> None:
+    memory = Memory(5, 2, 3).double()
+    unit = torch.nn.functional.normalize(logits(12, 2, 1))
+    classes = logits(12, 3, 2).softmax(dim=1)
+    for start in (0, 4, 8):
+        memory.enqueue(unit[start : start + 4], classes[start : start + 4])
+    kept = {tuple(row) for row in memory.embeddings.tolist()}
+    assert kept == {tuple(row) for row in unit[7:].tolist()}
+    query, own = torch.nn.functional.normalize(logits(3, 2, 3)), logits(3, 3, 4).softmax(dim=1)
+    for i in range(3):
+        weights = softmax(np.array([float(query[i] @ row) for row in unit[7:]]) / 0.2)
+        expected = 0.9 * own[i].numpy() + 0.1 * sum(w * classes[7 + j].numpy() for j, w in enumerate(weights))
+        np.testing.assert_allclose(memory.smooth(query, own, 0.2, 0.9)[i].numpy(), expected, atol=1e-9)
+
+
+def test_the_adversarial_direction_moves_the_prediction_most() -> None:
+    """For a linear network the worst direction is known: the first eigenvector of W^T (diag p - p p^T) W."""
+    weight = logits(3, 4, 1)
+    images = logits(5, 4, 2).view(5, 1, 2, 2)
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1) @ weight.T
+
+    found = adversarial_direction(network, images, logits(5, 4, 3).view(5, 1, 2, 2), 1e-3, 100).flatten(1)
+    for i in range(5):
+        p = torch.tensor(softmax((weight @ images[i].flatten()).numpy()))
+        fisher = weight.T @ (p.diag() - torch.outer(p, p)) @ weight
+        assert abs(float(found[i] @ torch.linalg.eigh(fisher).eigenvectors[:, -1])) == pytest.approx(1, abs=1e-2)
+
+
+def test_the_default_trial_step_is_found_in_single_precision() -> None:
+    """After one round the direction is the Fisher matrix times the first one; what the trial step adds to it is small."""
+    weight, images, start = logits(3, 64, 1), 0.1 * logits(8, 64, 2), logits(8, 64, 3)
+    xi = float(settings_model(find_method("finetune", "vat")).model_fields["xi"].default)
+    found = adversarial_direction(lambda x: x @ weight.float().T, images.float(), start.float(), xi, 1).double()
+    for i in range(8):
+        p = torch.tensor(softmax((weight @ images[i]).numpy()))
+        exact = weight.T @ (p.diag() - torch.outer(p, p)) @ weight @ start[i]
+        assert float(found[i] @ exact / exact.norm()) > 0.98
