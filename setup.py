@@ -17,6 +17,6 @@ setup(
         "modicum": ["py.typed"],
         "modicum.configs": ["*.yaml"],
         "modicum.evaluate.report": ["*.jinja", "*.css"],
-        "modicum.pipelines": ["*.sh"],
+        "modicum.pipelines": ["*.sh", "*.sbatch"],
     },
 )
