@@ -1,6 +1,7 @@
 """What is measured is kept: a table of rows, where they were measured, and both as text."""
 
 import csv
+import io
 import json
 import os
 import platform
@@ -76,16 +77,13 @@ def keep(path: Path, case: str, rows: list[Row], place: str) -> None:
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
-    lines = [",".join(COLUMNS)]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
     for row in rows:
-        values = {name: value if value is not None else "" for name, value in asdict(row).items()} | {"held": WORDS[row.held]}
-        lines.append(",".join(_cell(values[name]) for name in COLUMNS))
-    write_atomically(path, "\n".join(lines) + "\n")
-
-
-def _cell(value: object) -> str:
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return f'"{text}"' if "," in text else text
+        cells = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in asdict(row).items()}
+        writer.writerow(cells | {"held": WORDS[row.held]})
+    write_atomically(path, text.getvalue())
 
 
 def table(case: str, rows: Iterable[Row]) -> Table:
