@@ -59,9 +59,10 @@ def test_a_transformer_has_the_papers_settings_for_transformers(digits: Images) 
 
 
 def test_a_method_of_fewer_views_takes_the_first_of_the_configs(digits: Images) -> None:
-    experiment, reasons = resolved(digits, "finetune.method=supervised")
-    assert experiment.finetune.views == [{"name": "weak"}]
-    assert "takes 1" in reasons["finetune.views"].why
+    given = "finetune.views=[none, strong]", "finetune.labelled_views=[weak, none]"
+    experiment, reasons = resolved(digits, "finetune.method=supervised", *given)
+    assert (experiment.finetune.views, experiment.finetune.labelled_views) == ([{"name": "none"}], [{"name": "weak"}])
+    assert all("takes 1" in reasons[f"finetune.{key}"].why for key in ("views", "labelled_views"))
 
 
 @pytest.mark.parametrize(
@@ -150,3 +151,13 @@ def test_groups_left_auto_are_dealt_evenly_to_the_ranks(digits: Images, three_ra
 def test_a_queue_under_sync_bn_is_warned_of(digits: Images, override: str, leaks: bool, capsys: pytest.CaptureFixture[str]) -> None:
     resolved(digits, override)
     assert ("without seeing the images" in capsys.readouterr().err) == leaks
+
+
+def test_labelled_views_are_the_first_of_the_views_unless_given(digits: Images) -> None:
+    settings = resolved(digits, "finetune.views=[weak, strong]", "finetune.labelled_views=auto")[0].finetune
+    assert [policy["name"] for policy in settings.labelled_views] == ["weak"]
+    own = resolved(digits, "finetune.views=[none, strong]", "finetune.labelled_views={name: weak, shift: 0.25}")[0].finetune
+    assert own.labelled_views == [{"name": "weak", "shift": 0.25}]
+    assert [policy["name"] for policy in own.views] == ["none", "strong"]
+    twice = resolved(digits, "finetune.method=mean_teacher", "finetune.views=weak", "finetune.labelled_views=strong")[0].finetune
+    assert [policy["name"] for policy in twice.labelled_views] == ["strong", "strong"]
