@@ -98,7 +98,7 @@ class Audit:
             if again.any():
                 figures["flips"] = float((found["guess"] != found["earlier"])[again].mean())
             self.ledger.earlier.copy_(self.ledger.guess)
-            self.warn(found, (truth != UNKNOWN).any(), began, done)
+            self.warn(found, bool((truth != UNKNOWN).any()), began, done)
         if self.metrics is None:
             self.metrics = Metrics(self.folder / "audit.csv", resume_step=done - 1)
         self.metrics.write(done, {f"{scope}/{name}": value for name, value in figures.items()})
