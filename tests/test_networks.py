@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from modicum.checkpoint import Preprocessing, load_backbone, load_classifier, sa
 from modicum.config import BackboneSettings, Experiment
 from modicum.errors import InputError
 from modicum.exchange import initial_backbone
-from modicum.networks import Classifier, create_backbone
+from modicum.networks import Backbone, Classifier, create_backbone
 
 CASES = [
     ("resnet10_small", 16, 1),
@@ -33,9 +34,15 @@ def preprocessing(channels: int, size: int) -> Preprocessing:
     return Preprocessing(size, channels, (0.5,) * channels, (0.25,) * channels)
 
 
+@cache
+def backbone_of(name: str, size: int, channels: int) -> Backbone:
+    """Drawing millions of weights takes longer than looking at them: once a case, for tests that leave them as they are."""
+    return create_backbone(BackboneSettings(name=name), channels, size, seed=3).eval()
+
+
 @pytest.mark.parametrize(("name", "size", "channels"), CASES)
 def test_backbones_give_features_of_the_stated_size(name: str, size: int, channels: int) -> None:
-    backbone = create_backbone(BackboneSettings(name=name), channels, size, seed=0)
+    backbone = backbone_of(name, size, channels)
     assert backbone(images(2, channels, size)).shape == (2, backbone.num_features)
 
 
@@ -60,24 +67,41 @@ def test_an_unknown_architecture_and_an_unknown_stem_are_refused() -> None:
         create_backbone(BackboneSettings(name="vgg11", stem="small"), 3, 32, seed=0)
 
 
-@pytest.mark.parametrize(("name", "size", "channels"), CASES)
-def test_the_readmes_lines_load_the_backbone_where_modicum_cannot_be_imported(tmp_path: Path, name: str, size: int, channels: int) -> None:
-    backbone = create_backbone(BackboneSettings(name=name), channels, size, seed=3).eval()
-    save_backbone(tmp_path, backbone, preprocessing(channels, size))
-    np.save(tmp_path / "images.npy", images(2, channels, size).numpy())
-    block = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    assert "modicum" not in block
-    program = f"""
+STRANGER = """
 import sys
 sys.modules["modicum"] = None  # an import of it raises
-{block}
+import os, pathlib
 import numpy, torch
-found = next(value for value in list(globals().values()) if isinstance(value, torch.nn.Module))
-numpy.save("features.npy", found(torch.from_numpy(numpy.load("images.npy"))).detach().numpy())
+for folder in map(pathlib.Path, sys.argv[1:]):
+    os.chdir(folder)
+    names = {}
+    exec(pathlib.Path("block.py").read_text(), names)
+    found = next(value for value in names.values() if isinstance(value, torch.nn.Module))
+    numpy.save("features.npy", found(torch.from_numpy(numpy.load("images.npy"))).detach().numpy())
 """
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, env={"OMP_NUM_THREADS": "1", "PATH": ""})
-    expected = backbone(images(2, channels, size)).detach().numpy()
-    np.testing.assert_allclose(np.load(tmp_path / "features.npy"), expected, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def loaded_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A folder a case, with the features that its README's lines gave in another interpreter: one for all, since it starts slowly."""
+    folders = [tmp_path_factory.mktemp(name) for name, _, _ in CASES]
+    for folder, (name, size, channels) in zip(folders, CASES, strict=True):
+        save_backbone(folder, backbone_of(name, size, channels), preprocessing(channels, size))
+        np.save(folder / "images.npy", images(2, channels, size).numpy())
+        block = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        assert "modicum" not in block
+        (folder / "block.py").write_text(block)
+    subprocess.run([sys.executable, "-c", STRANGER, *folders], cwd=folders[0], check=True, env={"OMP_NUM_THREADS": "1", "PATH": ""})
+    return folders
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+def test_the_readmes_lines_load_the_backbone_where_modicum_cannot_be_imported(
+    loaded_elsewhere: list[Path], case: tuple[str, int, int]
+) -> None:
+    _, size, channels = case
+    expected = backbone_of(*case)(images(2, channels, size)).detach().numpy()
+    np.testing.assert_allclose(np.load(loaded_elsewhere[CASES.index(case)] / "features.npy"), expected, atol=1e-5)
 
 
 def test_timm_loads_a_standard_backbone_by_itself(tmp_path: Path) -> None:
@@ -90,7 +114,7 @@ def test_timm_loads_a_standard_backbone_by_itself(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "size", "channels"), CASES)
 def test_backbone_and_classifier_come_back_as_they_went(tmp_path: Path, name: str, size: int, channels: int) -> None:
-    classifier = Classifier(create_backbone(BackboneSettings(name=name), channels, size, seed=3), 3).eval()
+    classifier = Classifier(backbone_of(name, size, channels), 3).eval()
     save_classifier(tmp_path, classifier, preprocessing(channels, size), ("a", "b", "<c>"))
     again, how, names = load_classifier(tmp_path)
     x = images(2, channels, size)
