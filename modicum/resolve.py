@@ -10,7 +10,7 @@ from modicum.config import AUTO, DataSettings, Experiment, PretrainSettings, val
 from modicum.data.images import Images
 from modicum.errors import InputError
 from modicum.method import Decisions, Facts, decide_momentum, find_method, settings_model
-from modicum.networks.backbones import choose_architecture
+from modicum.networks.backbones import Architecture, choose_architecture, view_step
 from modicum.views.policies import build_policy
 
 MONITOR_READINGS = 20  # of the online kNN monitor over a run
@@ -73,13 +73,38 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
         decide(f"{stage}.", _only_auto(section, rest))
         if stage == "finetune" and len(section["views"]) > len(policies):  # weak comes first, so a method of fewer views takes the first
             decide("finetune.", {"views": (section["views"][: len(policies)], f"{name} takes {len(policies)} of those given")})
-        if len(section["views"]) == 1 and len(policies) > 1:
-            section["views"] = section["views"] * len(policies)
-        if len(section["views"]) != len(policies):
-            raise InputError(f"{stage}.views names {len(section['views'])} policies, but {name} takes {len(policies)} views.")
-        for policy in section["views"]:
-            build_policy(policy, **view_arguments(DataSettings(**settings["data"])))
+        section["views"] = _views(stage, name, section["views"], policies, method.fewest_views, DataSettings(**settings["data"]))
+        _fit_views(stage, section["views"], DataSettings(**settings["data"]), architecture, experiment.backbone.name)
     return Experiment.model_validate(settings), reasons
+
+
+def _views(
+    stage: str, method: str, given: list[dict[str, Any]], own: list[dict[str, Any]], fewest: int | None, data: DataSettings
+) -> list[dict[str, Any]]:
+    """The policy of each view: those `given`, or one for all of the method's `own`, whose local crops stay as small as they are."""
+    if len(given) == 1 and len(own) > 1:
+        recipes = [build_policy(policy, **view_arguments(data)).recipe for policy in own]
+        given = [{**given[0], "size": r.size, "crop_scale": r.crop_scale} if r.size else given[0] for r in recipes]
+    if len(given) != len(own) and (fewest is None or len(given) < fewest):
+        takes = f"{len(own)} views" if fewest is None else f"{fewest} views or more"
+        raise InputError(f"{stage}.views names {len(given)} policies, but {method} takes {takes}.")
+    return given
+
+
+def _fit_views(stage: str, views: list[dict[str, Any]], data: DataSettings, architecture: Architecture, name: str) -> None:
+    """Raises InputError for a policy that cannot be, or a view of a size that the network does not take."""
+    sizes = {build_policy(policy, **view_arguments(data)).size for policy in views}
+    if sizes == {data.image_size}:
+        return
+    step = view_step(architecture)
+    if step is None:
+        raise InputError(f"{stage}.views: {name} takes images of one size alone; set the size of every view to {data.image_size}.")
+    for size in sorted(sizes):
+        if size % step:
+            raise InputError(
+                f"{stage}.views: {name} cuts images into patches of {step} px, which do not tile a view of {size} px; "
+                f"choose data.image_size and the size of small crops as multiples of {step}."
+            )
 
 
 def view_arguments(data: DataSettings) -> dict[str, Any]:
