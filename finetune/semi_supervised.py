@@ -83,7 +83,7 @@ class SemiSupervised(Method):
         if teacher != "none" and teacher["norm"] == "shuffle_bn":
             raise InputError(
                 "finetune.method.teacher.norm = shuffle_bn has no use in stage two, which compares no query with its key; "
-                "choose bn or eman."
+                "choose bn, sync_bn or eman."
             )
         decisions = super().decide(settings, facts)
         if settings.get("momentum") == AUTO:  # of what a method keeps count of: confidence, classes

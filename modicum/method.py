@@ -42,6 +42,10 @@ class Facts:
     num_labelled: int = 0  # images of the stream of that name; known once the labels are drawn, not when settings are decided
     num_unlabelled: int = 0
 
+    def share_of_run(self, epochs: float) -> float:
+        """The share of the run, at most 1, that the first `epochs` take."""
+        return min(1.0, epochs * self.num_images / self.batch_size / self.steps)
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -84,6 +88,7 @@ class Method(nn.Module):
     """
 
     views: ClassVar[dict[str, tuple[str, ...]]]  # stream -> the policy of each of its views
+    fewest_views: ClassVar[int | None] = None  # unlabelled views that a config must name, and may add to; none: exactly those above
     target_views: ClassVar[dict[str, tuple[int, ...]]] = {}  # stream -> numbers of the views that only serve as targets, without gradient
     recipe: ClassVar[Recipe]
     transformer_recipe: ClassVar[Recipe | None] = None  # where the paper has another one for them

@@ -11,7 +11,7 @@ from modicum.config import AUTO, DataSettings, Experiment, PretrainSettings, val
 from modicum.data.images import Images
 from modicum.errors import InputError
 from modicum.method import Decisions, Facts, Recipe, decide_momentum, find_method, settings_model
-from modicum.networks.backbones import choose_architecture
+from modicum.networks.backbones import Architecture, choose_architecture, view_step
 from modicum.record import warn
 from modicum.views.policies import build_policy
 
@@ -73,27 +73,51 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             rest["monitor_epochs"] = max(1, round(epochs / MONITOR_READINGS)), f"about {MONITOR_READINGS} readings over the run"
         decide(f"{stage}.", _only_auto(section, rest))
         _refuse_long_warmup(stage, section)
-        decide(f"{stage}.", _views(stage, section, "views", len(policies), name))
+        data = DataSettings(**settings["data"])
+        decide(f"{stage}.", _views(stage, section, "views", policies, name, data, method.fewest_views))
         if stage == "finetune":
-            number = max(1, len(method.views.get("labelled", ())))  # the baselines take one
-            same = (section["views"] * number)[:number], "as the unlabelled ones, weak first"
+            own = [{"name": policy} for policy in method.views.get("labelled", ("weak",))]  # the baselines take one
+            same = (section["views"] * len(own))[: len(own)], "as the unlabelled ones, weak first"
             decide("finetune.", _only_auto(section, {"labelled_views": same}))
-            decide("finetune.", _views(stage, section, "labelled_views", number, name))
-        for policy in (*section["views"], *section.get("labelled_views", ())):
-            build_policy(policy, **view_arguments(DataSettings(**settings["data"])))
+            decide("finetune.", _views(stage, section, "labelled_views", own, name, data))
+        _fit_views(stage, [*section["views"], *section.get("labelled_views", ())], data, architecture, experiment.backbone.name)
     return Experiment.model_validate(settings), reasons
 
 
-def _views(stage: str, section: dict[str, Any], key: str, number: int, name: str) -> Decisions:
-    """As many policies as the method takes: one given serves all. Raises InputError where it cannot be."""
+def _views(
+    stage: str, section: dict[str, Any], key: str, own: list[dict[str, Any]], name: str, data: DataSettings, fewest: int | None = None
+) -> Decisions:
+    """As many policies as the method's `own`. Raises InputError where it cannot be.
+
+    One given serves all, and local crops stay as small as they are; some methods take any number from `fewest` on.
+    """
     given = section[key]
     if len(given) == 1:
-        return {key: (given * number, "the same for all")}
-    if stage == "finetune" and len(given) > number:  # weak comes first, so that methods of fewer views can be compared in one sweep
-        return {key: (given[:number], f"{name} takes {number} of those given")}
-    if len(given) != number:
-        raise InputError(f"{stage}.{key} names {len(given)} policies, but {name} takes {number} views.")
+        recipes = [build_policy(policy, **view_arguments(data)).recipe for policy in own]
+        sized = [{**given[0], "size": r.size, "crop_scale": r.crop_scale} if r.size else given[0] for r in recipes]
+        return {key: (sized, "the same for all")}
+    if stage == "finetune" and len(given) > len(own):  # weak comes first, so that methods of fewer views can be compared in one sweep
+        return {key: (given[: len(own)], f"{name} takes {len(own)} of those given")}
+    if len(given) != len(own) and (fewest is None or len(given) < fewest):
+        takes = f"{len(own)} views" if fewest is None else f"{fewest} views or more"
+        raise InputError(f"{stage}.{key} names {len(given)} policies, but {name} takes {takes}.")
     return {}
+
+
+def _fit_views(stage: str, views: list[dict[str, Any]], data: DataSettings, architecture: Architecture, name: str) -> None:
+    """Raises InputError for a policy that cannot be, or a view of a size that the network does not take."""
+    sizes = {build_policy(policy, **view_arguments(data)).size for policy in views}
+    if sizes == {data.image_size}:
+        return
+    step = view_step(architecture)
+    if step is None:
+        raise InputError(f"{stage}.views: {name} takes images of one size alone; set the size of every view to {data.image_size}.")
+    for size in sorted(sizes):
+        if size % step:
+            raise InputError(
+                f"{stage}.views: {name} cuts images into patches of {step} px, which do not tile a view of {size} px; "
+                f"choose data.image_size and the size of small crops as multiples of {step}."
+            )
 
 
 def view_arguments(data: DataSettings) -> dict[str, Any]:

@@ -69,3 +69,41 @@ def off_diagonal_squares(matrix: Tensor) -> Tensor:
 def lacking_deviation(z: Tensor) -> Tensor:
     """By how much the standard deviation of a column of `z` (N, D) falls short of 1, on average (arXiv:2105.04906, equations 1 and 2)."""
     return F.relu(1 - (z.var(dim=0) + 1e-4).sqrt()).mean()
+
+
+@in_full_precision
+def cosines(embeddings: Tensor, directions: Tensor) -> Tensor:
+    """(N, K): cosine of each embedding (N, D) to each direction (K, D)."""
+    return F.normalize(embeddings, dim=1) @ F.normalize(directions, dim=1).T
+
+
+@in_full_precision
+def sinkhorn(scores: Tensor, epsilon: float, rounds: int) -> Tensor:
+    """Codes (N, K) from scores (N, K): each row a distribution, all prototypes used alike (arXiv:2006.09882, equations 3 to 5)."""
+    codes = ((scores - scores.max()) / epsilon).exp()  # a common factor falls out
+    for _ in range(rounds):
+        codes = codes / codes.sum(dim=0)
+        codes = codes / codes.sum(dim=1, keepdim=True)
+    return codes
+
+
+def across_views(logits: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """Mean cross-entropy of the target distribution of each of the first views to the predictions of every *other* view, (N, K) each.
+
+    arXiv:2006.09882, equations 1 and 6; arXiv:2104.14294, equation 3.
+    """
+    predictions = [F.log_softmax(view, dim=1) for view in logits]
+    pairs = [(target, predictions[v]) for t, target in enumerate(targets) for v in range(len(predictions)) if v != t]
+    return torch.stack([-(target * prediction).sum(dim=1).mean() for target, prediction in pairs]).mean()
+
+
+@in_full_precision
+def whiten(z: Tensor, shrinkage: float) -> Tensor:
+    """`z` (N, D) moved and turned so that its mean is 0 and its covariance the identity (arXiv:2007.06346, section 3).
+
+    `shrinkage` mixes the identity into the covariance first. Where that is singular the result is not finite: the device is not asked.
+    """
+    centred = z - z.mean(dim=0)
+    shrunk = (1 - shrinkage) * covariance(z) + shrinkage * torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
+    triangle, _ = torch.linalg.cholesky_ex(shrunk)
+    return torch.linalg.solve_triangular(triangle, centred.T, upper=False).T

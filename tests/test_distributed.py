@@ -22,12 +22,13 @@ from modicum.config import DataSettings, TeacherSettings
 from modicum.data.images import Images
 from modicum.data.sources import load_images
 from modicum.data.stream import Stream
-from modicum.method import Facts, find_method
+from modicum.method import Facts, Progress, find_method
 from modicum.record import Metrics
 from modicum.views.policies import build_policy
 
 RANKS, BATCH = 2, 16
 SHORT = "pretrain.batch_size=64", "pretrain.epochs=0.5", "pretrain.warmup_epochs=0", "pretrain.log_every=1"
+SMALL = {"hidden_size": 24, "embedding_size": 12}
 VIEW = {"image_size": 16, "channels": 1, "mirror": False, "mean": [0.5], "std": [0.25]}
 
 
@@ -40,7 +41,9 @@ class NormFree(nn.Module):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            self.layers = nn.Sequential(nn.Flatten(), nn.Linear(256, 24), nn.ReLU(), nn.Linear(24, self.num_features))
+            self.layers = nn.Sequential(
+                nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, self.num_features)
+            )
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.layers(images)
@@ -73,6 +76,7 @@ def two_steps(images: Images, backbone: type[nn.Module], name: str, norm: str, s
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
     losses = []
     for step in range(2):
+        method.progress = Progress(step, 100)
         loss = trained({"unlabelled": stream.sample(step)}).total
         optimizer.zero_grad()
         loss.backward()
@@ -114,6 +118,10 @@ CASES: dict[str, tuple[type[nn.Module], str, str, dict[str, Any]]] = {
     "simsiam-sync_bn": (Normed, "simsiam", "sync_bn", {"embedding_size": 24}),
     "barlow_twins-sync_bn": (Normed, "barlow_twins", "sync_bn", {"embedding_size": 12}),
     "vicreg-sync_bn": (Normed, "vicreg", "sync_bn", {"embedding_size": 12}),
+    "moco_v3-sync_bn": (Normed, "moco_v3", "bn", {**SMALL, "temperature": 0.2, "head_layers": 2, **teacher("sync_bn")}),
+    "swav-sync_bn": (Normed, "swav", "sync_bn", {**SMALL, "num_prototypes": 12, "queue_size": 16, "queue_epochs": 0}),
+    "w_mse-sync_bn": (Normed, "w_mse", "sync_bn", {"hidden_size": 24, "sub_batch": 8, "embedding_size": 4}),
+    "dino-no_norm": (NormFree, "dino", "bn", {**SMALL, "num_prototypes": 16, **teacher("bn")}),
     "simclr-bn": (Normed, "simclr", "bn", {"temperature": 0.1}),
 }
 

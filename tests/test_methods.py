@@ -15,7 +15,8 @@ from modicum.config import BackboneSettings, OptimizerSettings, TeacherSettings
 from modicum.method import Facts, Method, Progress, find_method, method_names, settings_model
 from modicum.networks import Backbone
 from modicum.networks.backbones import choose_architecture
-from modicum.optim import build_optimizer, parameter_groups
+from modicum.optim import Pace, build_optimizer, parameter_groups
+from modicum.pretrain.prototypes import Prototypes
 from modicum.randomness import seeded
 from modicum.teacher import Teacher
 from modicum.views.policies import build_policy
@@ -37,6 +38,10 @@ class FrozenSample:
         self.labels = (torch.arange(size) % CLASSES).to(device)
         self.rows = torch.arange(size, device=device)
         self.positions = self.rows
+
+    @property
+    def num_views(self) -> int:
+        return len(self.views)
 
     def view(self, number: int, order: Tensor | None = None) -> Tensor:
         return self.views[number] if order is None else self.views[number][order]
@@ -174,6 +179,8 @@ def test_twenty_steps_on_one_batch_lower_the_loss(stage: str, name: str, setting
     optimizer, batch = optimizer_for(method), batch_for(method)
     if hasattr(method, "queue"):  # a queue that fills with the same keys is another task every step
         method.queue.enqueue = lambda keys: None
+    if hasattr(method, "centre_momentum"):  # so are targets that move with their centre
+        method.centre_momentum = 1.0
     losses = [float(step(method, optimizer, batch, 0)) for _ in range(20)]  # always step 0: ramps stand still
     assert losses[-1] < losses[0], losses
 
@@ -211,6 +218,42 @@ def test_settings_are_documented(stage: str, name: str) -> None:
     assert re.search(r"arXiv:\d{4}\.\d{5}|\w+ \d{4}, ", source) or name == "supervised", "the first line names the paper"
     for key, field in settings_model(method).model_fields.items():
         assert field.description, f"{name}.{key} has no meaning"
+
+
+def test_a_transformer_takes_crops_of_several_sizes() -> None:
+    method = build("pretrain", "dino", {"hidden_size": 32}, "vit_tiny_patch16_224")
+    batch = batch_for(method)
+    assert {view.shape[-1] for view in batch["unlabelled"].views} == {16, 8}
+    method(batch).total.backward()
+    assert all(view.grad.flatten(1).abs().sum(dim=1).all() for view in batch["unlabelled"].views)
+
+
+@pytest.mark.parametrize(("name", "pace"), [("simsiam", Pace(scheduled=False)), ("swav", Pace(starts=0.04)), ("dino", Pace(starts=0.04))])
+def test_parts_that_do_not_follow_the_learning_rate(name: str, pace: Pace) -> None:
+    """SimSiam's predictor learns at a constant rate; prototypes stand still in the first epoch, here 4 of 100 steps."""
+    method = build("pretrain", name, {})
+    (part,) = (method.get_submodule(part) for part in method.paces)
+    assert list(method.paces.values()) == [pace]
+    assert isinstance(part, Prototypes) or part is method.predictor
+
+
+def test_dinos_centre_follows_the_teachers_outputs() -> None:
+    method = build("pretrain", "dino", {"hidden_size": 32, "centre_momentum": 0.8})
+    batch = batch_for(method)
+    method.centre.fill_(0.5)
+    method(batch)
+    outputs = torch.cat([method.teacher(batch["unlabelled"], view=number) for number in (0, 1)])
+    method.after_step(Progress(1, STEPS))
+    torch.testing.assert_close(method.centre, 0.8 * 0.5 + 0.2 * outputs.mean(dim=0))
+
+
+def test_swav_assigns_together_with_its_queue_once_that_is_full() -> None:
+    method = build("pretrain", "swav", {"queue_size": 48, "queue_epochs": 0, "hidden_size": 32})
+    batch, alone = batch_for(method), build("pretrain", "swav", {"hidden_size": 32, "num_prototypes": 64})
+    assert method.queue_starts == 3  # 48 images, 16 a step
+    for number, same in ((2, True), (3, False)):
+        method.progress = alone.progress = Progress(number, STEPS)
+        assert torch.equal(method(batch).total, alone(batch).total) == same
 
 
 def test_a_variant_of_a_method_has_its_own_defaults_and_a_config_beats_them() -> None:

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from modicum.pretrain.losses import (
+    across_views,
+    cosines,
     covariance,
     cross_correlation,
     in_batch_info_nce,
@@ -17,6 +19,8 @@ from modicum.pretrain.losses import (
     nt_xent,
     off_diagonal_squares,
     regression,
+    sinkhorn,
+    whiten,
 )
 from modicum.pretrain.queue import Queue
 
@@ -131,6 +135,73 @@ def test_equal_rows_lack_all_deviation_and_share_nothing() -> None:
     assert lacking_deviation(z).item() == pytest.approx(1 - 0.01)
     assert off_diagonal_squares(covariance(z)).item() == 0
     assert lacking_deviation(100 * unit(64, 3, 1)).item() == 0
+
+
+@pytest.mark.parametrize(("n", "d", "k"), SIZES)
+def test_cosines_are_the_formula(n: int, d: int, k: int) -> None:
+    z, directions = 3 * unit(n, d, 1), 0.2 * unit(k, d, 2)
+    rows, others = z.numpy(), directions.numpy()
+    for i in range(n):
+        for j in range(k):
+            cosine = rows[i] @ others[j] / (math.sqrt(rows[i] @ rows[i]) * math.sqrt(others[j] @ others[j]))
+            assert cosines(z, directions)[i, j].item() == pytest.approx(cosine, abs=1e-9)
+    torch.autograd.gradcheck(cosines, (z.requires_grad_(), directions.requires_grad_()))
+    assert cosines(z, z).diagonal().tolist() == pytest.approx([1] * n)
+
+
+@pytest.mark.parametrize(("n", "d", "k"), SIZES)
+def test_sinkhorn_is_the_iteration(n: int, d: int, k: int) -> None:
+    scores = unit(n, k, 1)
+    q = [[math.exp(scores[i, j].item() / 0.05) for j in range(k)] for i in range(n)]
+    for _ in range(3):
+        used = [sum(q[i][j] for i in range(n)) for j in range(k)]
+        q = [[q[i][j] / used[j] / k for j in range(k)] for i in range(n)]
+        q = [[value / sum(row) / n for value in row] for row in q]
+    torch.testing.assert_close(sinkhorn(scores, 0.05, 3), n * torch.tensor(q, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def test_codes_are_distributions_that_use_all_prototypes_alike() -> None:
+    scores = unit(60, 5, 1)
+    scores[:, 0] += 1  # without the equal use all images would choose this one
+    codes = sinkhorn(scores, 0.5, 50)
+    assert codes.sum(dim=1).tolist() == pytest.approx([1] * 60)
+    assert codes.sum(dim=0).tolist() == pytest.approx([12] * 5)
+    assert sinkhorn(torch.zeros(4, 2), 0.05, 3).tolist() == [[0.5, 0.5]] * 4
+
+
+@pytest.mark.parametrize(("n", "d", "k"), SIZES)
+def test_across_views_is_the_formula_and_no_view_predicts_itself(n: int, d: int, k: int) -> None:
+    logits = [3 * unit(n, k, seed) for seed in range(4)]
+    targets = [unit(n, k, seed).softmax(dim=1) for seed in (5, 6)]
+    total = 0.0
+    for t in range(2):
+        for v in range(4):
+            for i in range(n):
+                below = sum(math.exp(logits[v][i, c]) for c in range(k))
+                surprise = -sum(float(targets[t][i, c]) * math.log(math.exp(logits[v][i, c]) / below) for c in range(k))
+                total += surprise if v != t else 0.0
+    assert across_views(logits, targets).item() == pytest.approx(total / (n * 6), abs=1e-9)
+    torch.autograd.gradcheck(lambda *views: across_views(list(views), targets), [view.requires_grad_() for view in logits])
+    assert across_views([torch.zeros(3, k), torch.zeros(3, k)], [torch.eye(k)[:1]] * 2).item() == pytest.approx(math.log(k))
+
+
+@pytest.mark.parametrize(("n", "d"), [(8, 3), (9, 4), (40, 8)])
+@pytest.mark.parametrize("shrinkage", [0.0, 0.3])
+def test_whitening_is_the_formula(n: int, d: int, shrinkage: float) -> None:
+    z = unit(n, d, 1) @ torch.randn(d, d, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 3
+    rows = z.numpy()
+    mean = rows.mean(axis=0)
+    shared = sum(np.outer(row - mean, row - mean) for row in rows) / (n - 1)
+    turn = np.linalg.inv(np.linalg.cholesky((1 - shrinkage) * shared + shrinkage * np.eye(d)))
+    expected = torch.tensor(np.array([turn @ (row - mean) for row in rows]))
+    torch.testing.assert_close(whiten(z, shrinkage), expected, rtol=0, atol=1e-8)
+    torch.autograd.gradcheck(lambda z: whiten(z, shrinkage), z.requires_grad_())
+
+
+def test_what_is_whitened_has_covariance_one() -> None:
+    z = whiten(unit(50, 6, 1) * torch.arange(1, 7) - 2, 0.0)
+    torch.testing.assert_close(covariance(z), torch.eye(6, dtype=torch.float64))
+    assert z.mean(dim=0).abs().max().item() < 1e-12
 
 
 @pytest.mark.parametrize("batch", [1, 4, 5, 7, 25])

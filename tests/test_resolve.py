@@ -79,6 +79,28 @@ def test_a_warmup_may_last_the_whole_run(digits: Images) -> None:
     assert resolved(digits, "pretrain.epochs=3", "pretrain.warmup_epochs=3", "finetune.steps=20", "finetune.warmup_steps=20")
 
 
+def test_one_policy_for_all_views_leaves_local_crops_small(digits: Images) -> None:
+    experiment, _ = resolved(digits, "pretrain.method=swav", "pretrain.views={name: moco_v2, crop_scale: [0.5, 1]}")
+    views = experiment.pretrain.views
+    assert views[:2] == [{"name": "moco_v2", "crop_scale": [0.5, 1]}] * 2
+    assert views[2:] == [{"name": "moco_v2", "crop_scale": (0.2, 0.5), "size": 8}] * 6
+    experiment, _ = resolved(digits, "pretrain.method=swav", "pretrain.views=swav/swav/swav_local")
+    assert [view["name"] for view in experiment.pretrain.views] == ["swav", "swav", "swav_local"]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "sentence"),
+    [
+        ("{name: vit_tiny_patch16_224}", "cuts images into patches of 2 px, which do not tile a view of 9 px"),
+        ("{name: mixer_s16_224, stem: standard}", "takes images of one size alone; set the size of every view to 16"),
+    ],
+)
+def test_crops_that_the_network_does_not_take_are_refused(digits: Images, backbone: str, sentence: str) -> None:
+    crops = "pretrain={method: dino, views: [{name: dino_a}, {name: dino_b}, {name: dino_local, size: 9}]}"
+    with pytest.raises(InputError, match=sentence):
+        resolved(digits, crops, f"backbone={backbone}")
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -92,6 +114,11 @@ def test_a_warmup_may_last_the_whole_run(digits: Images) -> None:
         ("pretrain.batch_size=5000", "batch_size = 5000 is larger than the 1347 training images"),
         ("pretrain.views=simclr/simclr/simclr", "names 3 policies, but moco_v2 takes 2 views"),
         ("pretrain.views={name: simclr, crop_scal: [0.1, 1]}", "crop_scale"),
+        ("pretrain={method: swav, views: [{name: swav}, {name: swav, size: 24}]}", "size = 24 is larger than the images of 16 px"),
+        ("pretrain={method: {name: swav, queue_size: 5000}}", "queue_size = 5000 is larger than the data set of 1347 images"),
+        ("pretrain={method: w_mse, views: [w_mse]}", "Unknown view policy 'w_mse'"),
+        ("pretrain={method: {name: w_mse, sub_batch: 512}}", "sub_batch = 512 is larger than batch_size = 256"),
+        ("pretrain={method: {name: w_mse, sub_batch: 64, embedding_size: 64}}", "covariance is singular"),
         ("finetune.method.teacher={norm: shuffle_bn}", "no use in stage two"),
         ("finetune.method={name: fixmatch, weak_in_batch: true, teacher: {norm: eman}}", "weak_in_batch"),
         ("finetune.method.threshold=1.5", "threshold = 1.5 is not possible"),

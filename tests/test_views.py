@@ -233,7 +233,7 @@ def test_every_policy_repeats_and_slices_to_the_bit(name, side, channels):
     images = pictures(150, side, channels)
     draws = p.draw(generator(0, "view", 1), 150)
     views = p(images, draws)
-    assert views.shape == (150, channels, side, side)
+    assert views.shape == (150, channels, p.size, p.size)
     assert views.dtype == torch.float32
     assert views.isfinite().all()
     assert views.is_contiguous()
@@ -264,7 +264,7 @@ def test_every_policy_runs_on_the_meta_device(name, side, channels):
     p = policy(name, side, channels)
     views = p(torch.empty((20, channels, side, side), dtype=torch.uint8, device="meta"), p.draw(generator(0), 20))
     assert views.device.type == "meta"
-    assert views.shape == (20, channels, side, side)
+    assert views.shape == (20, channels, p.size, p.size)
 
 
 def test_autocast_does_not_touch_the_views():
@@ -325,6 +325,13 @@ def test_smaller_crops():
     p = policy({"name": "moco_v2", "size": 96, "crop_scale": [0.05, 0.14]}, 224)
     assert p.size == 96
     assert p(pictures(3, 224), p.draw(generator(0), 3)).shape == (3, 3, 96, 96)
+
+
+@pytest.mark.parametrize(("side", "size"), [(224, 96), (96, 40), (64, 28), (32, 12), (28, 12), (16, 8), (8, 8)])
+def test_local_crops_have_the_papers_share_of_the_side(side, size):
+    for name in PAPERS:
+        assert policy(name, side).size == (size if name.endswith("_local") else side)
+    assert policy("dino_local", side).recipe.crop_scale == ((0.05, 0.4) if side > 64 else (0.2, 0.5))
 
 
 @pytest.mark.parametrize("mirror", [True, False])

@@ -48,6 +48,10 @@ class Sample:
     def __len__(self) -> int:
         return self.mine.stop - self.mine.start
 
+    @property
+    def num_views(self) -> int:
+        return len(self.stream.policies)
+
     def view(self, number: int, order: Tensor | None = None) -> Tensor:
         """View `number` of this rank's images: normalised float (B, C, S, S).
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from modicum.config import BackboneSettings
@@ -78,6 +79,15 @@ def choose_architecture(settings: BackboneSettings, channels: int, image_size: i
     if small and "img_size" not in arguments:
         stem = require_small_stem(network, settings.name) if settings.stem == "small" else small_stem(network, settings.name) or {}
     return Architecture(name, channels, image_size, arguments, stem)
+
+
+def view_step(architecture: Architecture) -> int | None:
+    """What the side of any view must be a multiple of: a vision transformer's patch. None where only the image's own size will do."""
+    if not architecture.fixed_size:
+        return 1
+    with torch.device("meta"):
+        network = architecture.build()
+    return network.patch_embed.patch_size[0] if isinstance(network, VisionTransformer) else None
 
 
 def takes_image_size(name: str) -> bool:

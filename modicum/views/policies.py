@@ -216,6 +216,8 @@ def build_policy(
             raise InputError(f"{source}: {key} does nothing while {_NEEDS[key]} is not set.")
     if recipe.jitter_probability and not recipe.jitters:
         raise InputError(f"{source}: jitter_probability does nothing while brightness, contrast, saturation and hue are 0.")
+    if recipe.size and recipe.size > image_size:
+        raise InputError(f"{source}: size = {recipe.size} is larger than the images of {image_size} px; choose {image_size} or less.")
     if recipe.crop_scale is not None and recipe.shift:
         raise InputError(f"{source}: a view is cropped or shifted, not both: set crop_scale: null or shift: 0.")
     return Policy(name, recipe, image_size, channels, tuple(mean), tuple(std))

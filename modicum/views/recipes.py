@@ -78,9 +78,11 @@ _MOCO_V2 = {
     "blur_probability": 0.5,
 }
 _BYOL = {**_MOCO_V2, "crop_scale": (0.08, 1), "saturation": 0.2, "blur_probability": 1.0}
+_SIMCLR = {**_MOCO_V2, "crop_scale": (0.08, 1), "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
+_SOLARIZED = {"blur_probability": 0.1, "solarize_probability": 0.2}
 _WEAK = {"shift": 0.125, "flip_probability": 0.5}
 
-# name -> settings of the paper, for large colour images
+# name -> settings of the paper, for colour images of 224 px
 PAPERS: dict[str, dict[str, Any]] = {
     "none": {},
     "weak": _WEAK,  # FixMatch, arXiv 2001.07685
@@ -96,9 +98,14 @@ PAPERS: dict[str, dict[str, Any]] = {
         "gray_first": True,
     },
     "moco_v2": _MOCO_V2,  # arXiv 2003.04297
-    "simclr": {**_MOCO_V2, "crop_scale": (0.08, 1), "brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2},  # arXiv 2002.05709
+    "simclr": _SIMCLR,  # arXiv 2002.05709
     "byol_a": _BYOL,  # arXiv 2006.07733, the two views differ
-    "byol_b": {**_BYOL, "blur_probability": 0.1, "solarize_probability": 0.2},
+    "byol_b": {**_BYOL, **_SOLARIZED},
+    "swav": {**_SIMCLR, "crop_scale": (0.14, 1)},  # arXiv 2006.09882, with smaller crops beside
+    "swav_local": {**_SIMCLR, "crop_scale": (0.05, 0.14), "size": 96},
+    "dino_a": {**_BYOL, "crop_scale": (0.4, 1)},  # arXiv 2104.14294, the same
+    "dino_b": {**_BYOL, "crop_scale": (0.4, 1), **_SOLARIZED},
+    "dino_local": {**_BYOL, "crop_scale": (0.05, 0.4), "size": 96, "blur_probability": 0.5},
     "strong": {**_WEAK, "num_operations": 2, "cutout": 0.5},  # FixMatch
 }
 
@@ -109,8 +116,9 @@ def recipe_of(name: str, image_size: int, channels: int, mirror: bool) -> dict[s
     """The paper's settings of `name`, adapted to the data:
 
     - no flips where a mirrored image is another thing, no hue, saturation or grey on one channel;
-    - up to 64 px crops keep a fifth of the area or more (8 % would be 9 of 32 px) and SimCLR's jitter has half its strength (as its paper
-      does on 32 px); up to 32 px there is no blur (as there);
+    - local crops have the paper's share of the side, 96 of 224 px, in multiples of 4 and at least 8;
+    - up to 64 px crops keep a fifth of the area or more (8 % would be 9 of 32 px), local ones a fifth to a half, and SimCLR's jitter has
+      half its strength (as its paper does on 32 px); up to 32 px there is no blur (as there);
     - `strong` on one channel up to 64 px: the drawing is the image, so it must stay readable and in the frame. Gentle warps with zoom,
       contrast-like operations that keep 30 % or more, a cutout of 30 % of the side; nothing that inverts or cuts brightness into levels.
     Raises InputError for an unknown name.
@@ -118,9 +126,11 @@ def recipe_of(name: str, image_size: int, channels: int, mirror: bool) -> dict[s
     if name not in PAPERS:
         raise InputError(f"Unknown view policy {name!r}{did_you_mean(name, PAPERS)}")
     recipe = dict(PAPERS[name])
+    if "size" in recipe:
+        recipe["size"] = min(image_size, max(8, 4 * round(image_size * recipe["size"] / 224 / 4)))
     if image_size <= SMALL and "crop_scale" in recipe:
-        recipe["crop_scale"] = (0.2, 1)
-        if name == "simclr":
+        recipe["crop_scale"] = (0.2, 0.5) if "size" in recipe else (max(0.2, recipe["crop_scale"][0]), 1)
+        if name.startswith(("simclr", "swav")):
             recipe |= {key: _MOCO_V2[key] for key in ("brightness", "contrast", "saturation", "hue")}
     if image_size <= TINY:
         recipe["blur_probability"] = 0

@@ -1,0 +1,92 @@
+"""Swapping assignments between views (Caron 2020, arXiv:2006.09882)."""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Gt
+from torch import Tensor, nn
+
+from modicum import distributed
+from modicum.config import AUTO
+from modicum.data.stream import Batch
+from modicum.errors import InputError
+from modicum.method import Decisions, Facts, Loss, Method, Progress, Recipe
+from modicum.networks import Backbone, mlp
+from modicum.optim import Pace
+from modicum.pretrain.crops import by_size, take_all_sizes
+from modicum.pretrain.losses import across_views, sinkhorn
+from modicum.pretrain.prototypes import Prototypes
+from modicum.pretrain.queue import Queue
+
+PAPER_PROTOTYPES = 3000
+
+
+class SwAV(Method):
+    """Every view must predict to which prototypes the two large crops were assigned, all prototypes being used alike."""
+
+    views: ClassVar = {"unlabelled": ("swav", "swav", *("swav_local",) * 6)}
+    fewest_views: ClassVar = 2
+    recipe: ClassVar = Recipe("lars", lr=0.3, weight_decay=1e-6, warmup=0.0125)
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        facts: Facts,
+        seed: int = 0,
+        *,
+        temperature: Annotated[float, Gt(0), "divides the cosines to the prototypes"] = 0.1,
+        epsilon: Annotated[float, Gt(0), "smoothness of the assignments"] = 0.05,
+        sinkhorn_rounds: Annotated[int, Ge(1), "rounds of equalising prototypes and images"] = 3,
+        num_prototypes: Annotated[int, Ge(2), "prototypes"] = AUTO,
+        frozen_epochs: Annotated[float, Ge(0), "first epochs in which the prototypes stand still"] = 1.0,
+        hidden_size: Annotated[int, Ge(2), "width of the projector"] = 2048,
+        embedding_size: Annotated[int, Ge(2), "dimensions of embeddings and prototypes"] = 128,
+        queue_size: Annotated[int, Ge(0), "past embeddings of each large crop that are assigned together with the batch's; 0: none"] = 0,
+        queue_epochs: Annotated[float, Ge(0), "first epochs without the queue"] = 15.0,
+    ) -> None:
+        super().__init__()
+        take_all_sizes(backbone)
+        self.student = nn.Sequential(backbone, mlp(backbone.num_features, hidden_size, embedding_size, norm=True))
+        self.prototypes = Prototypes(embedding_size, num_prototypes)
+        self.paces = {"prototypes": Pace(starts=facts.share_of_run(frozen_epochs))}
+        self.queues = nn.ModuleList(Queue(queue_size, embedding_size, seed) for _ in range(2 if queue_size else 0))
+        full = math.ceil(queue_size / facts.batch_size)  # steps until it holds embeddings and nothing else
+        self.queue_starts = max(full, round(queue_epochs * facts.num_images / facts.batch_size))
+        self.temperature, self.epsilon, self.rounds = temperature, epsilon, sinkhorn_rounds
+
+    def forward(self, batch: Batch) -> Loss:
+        images = batch["unlabelled"]
+        z = by_size(self.student, [images.view(number) for number in range(images.num_views)])
+        scores = [self.prototypes(embeddings) for embeddings in z]  # (N, K) each
+        codes = [self._codes(scores[view], view) for view in (0, 1)]
+        self.new_embeddings = [F.normalize(embeddings.detach().float(), dim=1) for embeddings in z[:2]]
+        return Loss(across_views([view / self.temperature for view in scores], codes))
+
+    @torch.no_grad()
+    def _codes(self, scores: Tensor, view: int) -> Tensor:
+        """This rank's rows (N, K) of an assignment of all ranks' images, and of the queue's."""
+        everyone = distributed.gather(scores)
+        mine = distributed.share(len(everyone))
+        if self.queues and self.progress.step >= self.queue_starts:
+            everyone = torch.cat([everyone, self.prototypes(self.queues[view].keys)])
+        return sinkhorn(everyone, self.epsilon, self.rounds)[mine]
+
+    def after_step(self, progress: Progress) -> None:
+        for queue, embeddings in zip(self.queues, self.new_embeddings, strict=False):  # there may be no queue
+            queue.enqueue(distributed.gather(embeddings))
+
+    @classmethod
+    def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
+        if settings["queue_size"] > facts.num_images:
+            raise InputError(
+                f"pretrain.method.queue_size = {settings['queue_size']} is larger than the data set of {facts.num_images} images, so it "
+                f"would hold images twice; use at most {facts.num_images // 2}, or 0."
+            )
+        if settings["num_prototypes"] != AUTO:
+            return {}
+        together = facts.batch_size + settings["queue_size"]
+        number = min(PAPER_PROTOTYPES, together)
+        return {"num_prototypes": (number, f"the paper's {PAPER_PROTOTYPES}, or one for each of the {together} images assigned together")}
