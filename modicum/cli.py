@@ -21,7 +21,8 @@ from modicum.errors import InputError, Interrupted, Preempted
 from modicum.explain import commented
 from modicum.record import say, warn
 from modicum.run_folder import RunFolder
-from modicum.session import dry_run, make_request, prepare, run_stages, show_results
+from modicum.session import Request, make_request, prepare, run_stages, show_results
+from modicum.session import dry_run as plan
 
 app = typer.Typer(
     help="Unlabelled images and a modicum of labels in; an accurate classifier, a reusable backbone and an honest report out.",
@@ -47,6 +48,7 @@ Run = Annotated[Path | None, typer.Option("--run", metavar="DIR", help="run fold
 Init = Annotated[str | None, typer.Option("--init", metavar="PATH", help="a backbone folder or file to start from", show_default=False)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="say what would be done, with all settings; create nothing")]
 Force = Annotated[bool, typer.Option("--force", help="clear and run again the stages that depend on changed settings")]
+Nproc = Annotated[int, typer.Option("--nproc", min=1, metavar="N", help="processes on this machine that share each batch, as by torchrun")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
@@ -89,6 +91,7 @@ def run(
     run: Run = None,
     init: Init = None,
     from_stage: Annotated[Stage | None, typer.Option("--from", help="run this stage and those after it again", show_default=False)] = None,
+    nproc: Nproc = 1,
     dry_run: DryRun = False,
     force: Force = False,
     debug: Debug = False,
@@ -99,6 +102,8 @@ def run(
     """
     request = make_request(config, overrides or (), run=run, init=init)
     again = from_stage.value if from_stage else None
+    options = {"--init": init, "--from": again, "--force": force, "--debug": debug}
+    _share(nproc, request, request.stages, ["run", config, *(overrides or ())], options, dry=dry_run)
     _pipeline("run").run(request, force=force, again=again, dry=dry_run)
 
 
@@ -110,28 +115,61 @@ def _stage_command(stage: str, help: str) -> None:
         overrides: Overrides = None,
         run: Run = None,
         init: Init = None,
+        nproc: Nproc = 1,
         dry_run: DryRun = False,
         force: Force = False,
         debug: Debug = False,
     ) -> None:
-        _one_stage(stage, config, overrides or (), run, init, dry_run, force)
+        request = make_request(config, overrides or (), run=run, init=init, init_stage=stage)
+        options = {"--init": init, "--force": force, "--debug": debug}
+        _share(nproc, request, [stage], [stage, config, *(overrides or ())], options, dry=dry_run)
+        _one_stage(stage, config, request, dry_run, force)
 
 
 _stage_command("pretrain", "Stage one: unlabelled images to a backbone. With --init, training starts from those weights.")
 _stage_command("finetune", "Stage two: a backbone, few labels and many unlabelled images to a classifier. With --init, from that backbone.")
-_stage_command("evaluate", "Stage three: judge by kNN and linear probe, compare with the baselines, write the report.")
 
 
-def _one_stage(stage: str, config: str, overrides: Sequence[str], run: Path | None, init: str | None, dry: bool, force: bool) -> None:
-    request = make_request(config, overrides, run=run, init=init, init_stage="pretrain" if stage == "pretrain" else "finetune")
-    if dry:
-        for line in dry_run(request, [stage], force=force):
-            print(line)
-        return
-    if not run_stages(request, [stage], force=force):
-        say(f"{stage} is done in {request.folder}; `modicum run {config} --from {stage}` runs it again.")
-    if stage == "evaluate":
+@app.command()
+@_with_exit_status
+def evaluate(
+    config: Config,
+    overrides: Overrides = None,
+    run: Run = None,
+    init: Init = None,
+    dry_run: DryRun = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Stage three: judge by kNN and linear probe, compare with the baselines, write the report."""
+    request = make_request(config, overrides or (), run=run, init=init)
+    _one_stage("evaluate", config, request, dry_run, force)
+    if not dry_run:
         show_results(request.folder)
+
+
+def _one_stage(stage: str, config: str, request: Request, dry: bool, force: bool) -> None:
+    if dry:
+        for line in plan(request, [stage], force=force):
+            print(line)
+    elif not run_stages(request, [stage], force=force):
+        say(f"{stage} is done in {request.folder}; `modicum run {config} --from {stage}` runs it again.")
+
+
+def _share(nproc: int, request: Request, stages: Sequence[str], command: Sequence[str], options: dict[str, Any], *, dry: bool) -> None:
+    """Ends with the status of `nproc` ranks that do the work; returns where there is none: one process, a dry run, all is done."""
+    if nproc == 1:
+        return
+    launch = importlib.import_module("modicum.launch")
+    launch.announce(nproc)
+    force, again = options["--force"], options.get("--from")
+    if dry or (again is None and all(request.done(stage) for stage in stages)):
+        return
+    for _ in plan(request, stages, force=force, again=again):
+        pass  # bad input is refused here, by one process
+    given = {"--run": str(request.folder), **options}.items()
+    words = [word for key, value in given if value for word in ((key,) if value is True else (key, value))]
+    raise typer.Exit(launch.launch([sys.executable, "-m", "modicum.cli", *command, *words], nproc))
 
 
 @app.command()

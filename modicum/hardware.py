@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -54,7 +55,11 @@ def in_full_precision(function: Function) -> Function:
 
 def choose_hardware(experiment: Experiment) -> Hardware:
     """The hardware that `device` and `precision` ask for. Raises InputError for a device this machine lacks."""
-    device = _device(experiment.device)
+    device, ranks = _device(experiment.device), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.type == "cuda" and ranks > torch.cuda.device_count():
+        raise InputError(
+            f"{ranks} ranks need a GPU each, but this machine has {torch.cuda.device_count()}: start fewer, or set device=cpu."
+        )
     precision = experiment.precision
     if precision == "auto":
         precision = "bf16" if _has_fast_bf16(device) else "fp32"

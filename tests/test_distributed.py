@@ -188,9 +188,17 @@ def test_gather_keeps_rank_order_and_its_gradient_is_the_sum_over_ranks(tmp_path
 
 def torchrun(run: Path, *arguments: str) -> subprocess.Popen[str]:
     """`modicum pretrain digits` on two ranks; without the `--` torchrun takes --run for an option of its own."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", "-m", "modicum.cli", "--"]
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", "-m", "modicum.cli", "--"]
+    return start([*launcher, "pretrain", "digits", *arguments, "--run", str(run)])
+
+
+def nproc(run: Path, *arguments: str) -> subprocess.Popen[str]:
+    return start(["modicum.cli", "pretrain", "digits", "--nproc", str(RANKS), *arguments, "--run", str(run)])
+
+
+def start(module: list[str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*launcher, "pretrain", "digits", *arguments, "--run", str(run)],
+        [sys.executable, "-m", *module],
         env=os.environ | {"PYTHONPATH": str(Path(modicum.__file__).parent.parent), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
@@ -222,7 +230,7 @@ def test_under_torchrun_one_rank_writes_and_a_signal_saves(tmp_path: Path) -> No
     told = process.communicate()[1]
     assert "the state is saved" in told
     assert not (stopped / "backbone").exists()
-    again = torchrun(tmp_path / "stopped", *SHORT)
+    again = nproc(tmp_path / "stopped", *SHORT)
     told = again.communicate()[1]
     assert again.returncode == 0, told
     assert "goes on" in told
