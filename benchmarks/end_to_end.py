@@ -16,7 +16,14 @@ from pathlib import Path
 from benchmarks.pairs import Row, Skipped
 from modicum.run_folder import STAGES
 
-SMALL = ("pretrain.epochs=1", "finetune.steps=4", "finetune.baselines=[]", "evaluate.bootstrap=10")
+SMALL = (
+    "pretrain.epochs=1",
+    "pretrain.warmup_epochs=0",
+    "finetune.steps=4",
+    "finetune.warmup_steps=0",
+    "finetune.baselines=[]",
+    "evaluate.bootstrap=10",
+)
 
 
 def run(quick: bool, overrides: Sequence[str] = ()) -> Iterator[Row]:

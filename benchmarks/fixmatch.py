@@ -12,7 +12,6 @@ momentum, an average of all weights after each step, fp32.
 import copy
 import tempfile
 from collections.abc import Iterator
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -122,7 +121,7 @@ def begin(experiment: Experiment, images: Images, hardware: Hardware, folder: Pa
         folder=folder,
         hardware=hardware,
         seed=seed,
-        observe=partial(Audit(images, hardware.device).observe, method),
+        observe=Audit(images, rows["labelled"], method, folder, hardware.device).observe,
     )
 
 

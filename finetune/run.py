@@ -120,6 +120,8 @@ def training(session: Session, variant: Variant, method: SemiSupervised, monitor
     settings, seed = experiment.finetune, experiment.seed
     rows = {"labelled": variant.labelled, "unlabelled": variant.unlabelled}
     sizes = {"labelled": settings.batch_size, "unlabelled": settings.batch_size * settings.mu}
+    assert isinstance(settings.views, list)  # resolved, as are the others
+    assert isinstance(settings.labelled_views, list)
     chosen = {"labelled": settings.labelled_views, "unlabelled": settings.views}
     policies = {name: [build_policy(policy, **view_arguments(experiment.data)) for policy in views] for name, views in chosen.items()}
     streams = {

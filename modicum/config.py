@@ -30,10 +30,9 @@ def _named(value: Any, default: str) -> Any:
     return {"name": value} if isinstance(value, str) else {"name": default} | value if isinstance(value, dict) else value
 
 
-PretrainMethod = Annotated[dict[str, Any], BeforeValidator(partial(_named, default="moco_v2"), json_schema_input_type=str | dict[str, Any])]
-FinetuneMethod = Annotated[
-    dict[str, Any], BeforeValidator(partial(_named, default="fixmatch"), json_schema_input_type=str | dict[str, Any])
-]
+Spec = str | dict[str, Any]  # NAME, or {name: NAME, KEY: value}
+PretrainMethod = Annotated[dict[str, Any], BeforeValidator(partial(_named, default="moco_v2"), json_schema_input_type=Spec)]
+FinetuneMethod = Annotated[dict[str, Any], BeforeValidator(partial(_named, default="fixmatch"), json_schema_input_type=Spec)]
 
 
 def _views(value: Any) -> Any:
@@ -44,10 +43,7 @@ def _views(value: Any) -> Any:
     return [{"name": part} if isinstance(part, str) else part for part in parts]
 
 
-Views = Annotated[
-    Auto | list[dict[str, Any]],
-    BeforeValidator(_views, json_schema_input_type=str | dict[str, Any] | list[str | dict[str, Any]]),
-]
+Views = Annotated[Auto | list[dict[str, Any]], BeforeValidator(_views, json_schema_input_type=Spec | list[Spec])]
 
 
 class Settings(BaseModel):

@@ -1,6 +1,7 @@
 """Weighted k-nearest-neighbour classification: cosine similarity, votes exp(similarity / T) (Wu et al., arXiv:1805.01978)."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import faiss
 import numpy as np
@@ -52,10 +53,10 @@ def _largest(similar: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, places.gather(1, order)
 
 
-def _inverted_index(bank: np.ndarray) -> faiss.IndexIVFFlat:
+def _inverted_index(bank: np.ndarray) -> Any:
     """As many cells as faiss's guide advises for the size, a sixteenth of which are looked into."""
     cells = max(1, int(4 * len(bank) ** 0.5))
-    index = faiss.index_factory(bank.shape[1], f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)
+    index: Any = faiss.index_factory(bank.shape[1], f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)
     index.train(bank[:: max(1, len(bank) // (64 * cells))])
     index.add(bank)
     index.nprobe = max(1, cells // 16)

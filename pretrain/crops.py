@@ -22,7 +22,7 @@ def take_all_sizes(backbone: nn.Module) -> None:
     """Lets a vision transformer take smaller views than its images: it interpolates its position embedding to their patches."""
     for module in backbone.modules():
         if isinstance(module, VisionTransformer):
-            module.dynamic_img_size = True
+            module.dynamic_img_size = True  # type: ignore[misc]  # final for TorchScript alone
             module.patch_embed.strict_img_size = False
             module.patch_embed.flatten = False
             module.patch_embed.output_fmt = Format.NHWC

@@ -93,7 +93,9 @@ def test_a_real_training_run_takes_turns_with_its_peers(tmp_path: Path) -> None:
         title="counting",
         method=method,
         batch=lambda step: {},
-        optimizer=build_optimizer(OptimizerSettings(name="sgd", lr=0.1, nesterov=False), parameter_groups([(method, 1.0)], 0.0)),
+        optimizer=build_optimizer(
+            OptimizerSettings(name="sgd", lr=0.1, momentum=0.9, nesterov=False), parameter_groups([(method, 1.0)], 0.0)
+        ),
         schedule=SCHEDULES["constant"],
         steps=1000,
         batch_size=1,

@@ -91,11 +91,11 @@ def test_a_stage_preempted_in_a_refit_goes_on_to_the_same_bits(
     run(session_of(digits, tmp_path / "whole"))
     observe, steps = Audit.observe, []
 
-    def preempt(audit: Audit, method: Any) -> Any:
+    def preempt(audit: Audit) -> Any:
         steps.append(1)
         if len(steps) == 2 * 3 + 2:  # the second of the second refit's three steps
             signal.raise_signal(signal.SIGTERM)
-        return observe(audit, method)
+        return observe(audit)
 
     monkeypatch.setattr(Audit, "observe", preempt)
     session = session_of(digits, tmp_path / "preempted")

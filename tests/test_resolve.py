@@ -95,10 +95,10 @@ def test_one_policy_for_all_views_leaves_local_crops_small(digits: Images) -> No
         ("{name: mixer_s16_224, stem: standard}", "takes images of one size alone; set the size of every view to 16"),
     ],
 )
-def test_crops_that_the_network_does_not_take_are_refused(digits: Images, backbone: str, sentence: str) -> None:
+def test_crops_that_the_network_does_not_take_are_refused(backbone: str, sentence: str) -> None:
     crops = "pretrain={method: dino, views: [{name: dino_a}, {name: dino_b}, {name: dino_local, size: 9}]}"
     with pytest.raises(InputError, match=sentence):
-        resolved(digits, crops, f"backbone={backbone}")
+        resolved(load_images(load_experiment("digits", ["data.image_size=16"]).data), crops, f"backbone={backbone}", "data.image_size=16")
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_crops_that_the_network_does_not_take_are_refused(digits: Images, backbo
         ("pretrain.batch_size=5000", "batch_size = 5000 is larger than the 1347 training images"),
         ("pretrain.views=simclr/simclr/simclr", "names 3 policies, but moco_v2 takes 2 views"),
         ("pretrain.views={name: simclr, crop_scal: [0.1, 1]}", "crop_scale"),
-        ("pretrain={method: swav, views: [{name: swav}, {name: swav, size: 24}]}", "size = 24 is larger than the images of 16 px"),
+        ("pretrain={method: swav, views: [{name: swav}, {name: swav, size: 24}]}", "size = 24 is larger than the images of 12 px"),
         ("pretrain={method: {name: swav, queue_size: 5000}}", "queue_size = 5000 is larger than the data set of 1347 images"),
         ("pretrain={method: w_mse, views: [w_mse]}", "Unknown view policy 'w_mse'"),
         ("pretrain={method: {name: w_mse, sub_batch: 512}}", "sub_batch = 512 is larger than batch_size = 256"),

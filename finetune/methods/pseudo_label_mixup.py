@@ -20,6 +20,7 @@ class PseudoLabelMixup(SemiSupervised):
     """What an image was predicted to be when it was last seen is its soft label; all are mixed, and no class may be forgotten."""
 
     views: ClassVar = {"labelled": ("weak",), "unlabelled": ("weak",)}
+    even: Tensor  # (C,)
     soft: Tensor  # (unlabelled images, C): the last prediction of each; zeros before the first
 
     def __init__(

@@ -76,6 +76,7 @@ class SwAV(Method):
 
     def after_step(self, progress: Progress) -> None:
         for queue, embeddings in zip(self.queues, self.new_embeddings, strict=False):  # there may be no queue
+            assert isinstance(queue, Queue)
             queue.enqueue(distributed.gather(embeddings))
 
     @classmethod
