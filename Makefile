@@ -33,8 +33,9 @@ $(BIN)/python:
 demo: .venv/.runtime
 	$(BIN)/modicum run digits
 
+# A file of tests on each core; more threads than cores would make them wait for one another.
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 # Types are checked on the built copy, where every module has its one name, modicum.STAGE.
 check: .venv/.dev
