@@ -92,9 +92,8 @@ class Method(nn.Module):
     target_views: ClassVar[dict[str, tuple[int, ...]]] = {}  # stream -> numbers of the views that only serve as targets, without gradient
     recipe: ClassVar[Recipe]
     transformer_recipe: ClassVar[Recipe | None] = None  # where the paper has another one for them
-    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
-        {}
-    )  # of a variant of another method: its own values, where those in the signature differ
+    # Of a variant of another method: its own values, where those in the signature differ.
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     student: nn.Module  # what is optimised and averaged; other parameters (a predictor) stand beside it
     paces: Mapping[str, Pace] = MappingProxyType({})  # names of parts whose learning rate does not follow the run's
     norm: str = "bn"  # what normalises the student: bn | shuffle_bn | sync_bn; set by `from_settings`
