@@ -89,21 +89,27 @@ def write_features(path: Path, features: torch.Tensor, fingerprint: str) -> None
 
 
 class FeatureStore:
-    """Features by name under `folder`, computed at most once per (weights, images, preprocessing, precision)."""
+    """Features by name under `folder`, computed at most once per (weights, images, preprocessing, precision).
 
-    def __init__(self, folder: Path, hardware: Hardware, batch_size: int) -> None:
-        self.folder, self.hardware, self.batch_size = folder, hardware, batch_size
+    `elsewhere` is another run's, which may have them already: that of the backbone that this run starts from.
+    """
+
+    def __init__(self, folder: Path, hardware: Hardware, batch_size: int, elsewhere: Path | None = None) -> None:
+        self.places = [folder, elsewhere] if elsewhere else [folder]
+        self.hardware, self.batch_size = hardware, batch_size
         self._pixels: dict[int, tuple[torch.Tensor, str]] = {}  # the tensor too: freed, its id would go to another
 
     def features(self, name: str, network: nn.Module, preprocessing: Preprocessing, pixels: torch.Tensor) -> torch.Tensor:
-        """float32 (N, D) for `pixels` uint8 (N, C, S, S), from `folder`/`name`.safetensors if it holds just these."""
+        """float32 (N, D) for `pixels` uint8 (N, C, S, S), from a file `name`.safetensors if it holds just these."""
         if id(pixels) not in self._pixels:
             self._pixels[id(pixels)] = pixels, pixels_fingerprint(pixels)
         identity = (weights_fingerprint(network), self._pixels[id(pixels)][1], repr(preprocessing), self.hardware.precision)
         fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
-        path = self.folder / f"{name}.safetensors"
-        kept = read_features(path, fingerprint)
-        if kept is None:
-            kept = extract(network, pixels, preprocessing, self.hardware, self.batch_size, f"features ({name})")
-            write_features(path, kept, fingerprint)
-        return kept
+        file = f"{name}.safetensors"
+        for place in self.places:
+            kept = read_features(place / file, fingerprint)
+            if kept is not None:
+                return kept
+        made = extract(network, pixels, preprocessing, self.hardware, self.batch_size, f"features ({name})")
+        write_features(self.places[0] / file, made, fingerprint)
+        return made

@@ -25,7 +25,9 @@ def run(session: Session) -> None:
     began = time.perf_counter()
     out, settings = session.folder.stage("evaluate"), session.experiment.evaluate
     sets = Sets.of(session.splits, session.images.labels, session.images.num_classes)
-    store = FeatureStore(out / "features", session.hardware, settings.batch_size)
+    init = session.experiment.finetune.init  # perhaps RUN/pretrain/backbone of another run, which may have been evaluated
+    elsewhere = None if init in ("pretrain", "random") else Path(init).parent.parent / "evaluate" / "features"
+    store = FeatureStore(out / "features", session.hardware, settings.batch_size, elsewhere)
     judge, found, pictures = Judge(settings, session.experiment.seed), Findings(), Pictures()
     for name, features in feature_sets(session, store, found):
         judge_features(session, sets, judge, found, name, features)

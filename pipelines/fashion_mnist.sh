@@ -11,6 +11,7 @@ modicum=$(command -v modicum || echo .venv/bin/modicum)
 runs=${RUNS:-runs}
 
 "$modicum" pretrain fashion_mnist --run "$runs/fashion_mnist" "$@"
+"$modicum" evaluate fashion_mnist --run "$runs/fashion_mnist" "$@" # the backbone; the runs below take its features from there
 
 for labels in 40 100 250 1000; do
     start=(--run "$runs/fashion_mnist-$labels" --init "$runs/fashion_mnist/pretrain/backbone")

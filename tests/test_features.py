@@ -68,6 +68,19 @@ def test_features_are_computed_once_and_again_only_when_something_changes(tmp_pa
     assert network.seen == 20
 
 
+def test_features_that_another_run_has_are_not_computed_again(tmp_path):
+    network, images = Counting(), pixels(5)
+    theirs = FeatureStore(tmp_path / "theirs", CPU, 4).features("some", network, PREPROCESSING, images)
+    store = FeatureStore(tmp_path / "mine", CPU, 4, elsewhere=tmp_path / "theirs")
+    assert torch.equal(store.features("some", network, PREPROCESSING, images), theirs)
+    assert network.seen == 5
+    with torch.no_grad():
+        network.norm.weight.mul_(2)
+    store.features("some", network, PREPROCESSING, images)
+    assert network.seen == 10
+    assert (tmp_path / "mine" / "some.safetensors").is_file()
+
+
 def test_half_written_features_are_never_read(tmp_path):
     network, images = Counting(), pixels(5)
     FeatureStore(tmp_path, CPU, 4).features("some", network, PREPROCESSING, images)

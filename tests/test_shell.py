@@ -64,9 +64,9 @@ def test_folder_as_plain_shell(tmp_path: Path) -> None:
 def test_fashion_mnist_as_plain_shell_pretrains_once(tmp_path: Path) -> None:
     done = shell("fashion_mnist.sh", tmp_path, "seed=1", RUNS="out")
     assert done.status == 0
-    assert done.calls[0] == ["pretrain", "fashion_mnist", "--run", "out/fashion_mnist", "seed=1"]
+    assert done.calls[:2] == [[stage, "fashion_mnist", "--run", "out/fashion_mnist", "seed=1"] for stage in ("pretrain", "evaluate")]
     start = ["--init", "out/fashion_mnist/pretrain/backbone"]
-    assert done.calls[1:] == [
+    assert done.calls[2:] == [
         [stage, "fashion_mnist", "--run", f"out/fashion_mnist-{labels}", *start, f"finetune.labels={labels}", "seed=1"]
         for labels in (40, 100, 250, 1000)
         for stage in ("finetune", "evaluate")
