@@ -116,7 +116,7 @@ CASES: dict[str, tuple[type[nn.Module], str, str, dict[str, Any]]] = {
     "byol-sync_bn": (Normed, "byol", "bn", {"hidden_size": 32, "embedding_size": 16, **teacher("sync_bn")}),
     "simclr-sync_bn": (Normed, "simclr", "sync_bn", {"temperature": 0.1}),
     "simsiam-sync_bn": (Normed, "simsiam", "sync_bn", {"embedding_size": 24}),
-    "barlow_twins-sync_bn": (Normed, "barlow_twins", "sync_bn", {"embedding_size": 6}),
+    "barlow_twins-sync_bn": (NormFree, "barlow_twins", "sync_bn", {"embedding_size": 6}),
     # In the proportions of the paper, a 25th of its size, so that rounding is compared with gradients of about 1.
     "vicreg-sync_bn": (
         Normed,
@@ -126,7 +126,7 @@ CASES: dict[str, tuple[type[nn.Module], str, str, dict[str, Any]]] = {
     ),
     "moco_v3-sync_bn": (Normed, "moco_v3", "bn", {**SMALL, "temperature": 0.2, "head_layers": 2, **teacher("sync_bn")}),
     "swav-sync_bn": (Normed, "swav", "sync_bn", {**SMALL, "num_prototypes": 12, "queue_size": 16, "queue_epochs": 0}),
-    "w_mse-sync_bn": (NormFree, "w_mse", "sync_bn", {"hidden_size": 24, "sub_batch": 8, "embedding_size": 4}),
+    "w_mse-sync_bn": (NormFree, "w_mse", "sync_bn", {"hidden_size": 24, "sub_batch": 16, "embedding_size": 4}),
     "dino-no_norm": (NormFree, "dino", "bn", {**SMALL, "num_prototypes": 16, **teacher("bn")}),
     "simclr-bn": (Normed, "simclr", "bn", {"temperature": 0.1}),
 }
