@@ -75,9 +75,9 @@ class SwAV(Method):
         return sinkhorn(everyone, self.epsilon, self.rounds)[mine]
 
     def after_step(self, progress: Progress) -> None:
-        for queue, embeddings in zip(self.queues, self.new_embeddings, strict=False):  # there may be no queue
+        for view, queue in enumerate(self.queues):
             assert isinstance(queue, Queue)
-            queue.enqueue(distributed.gather(embeddings))
+            queue.enqueue(distributed.gather(self.new_embeddings[view]))
 
     @classmethod
     def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
