@@ -23,7 +23,6 @@ from torchvision.transforms import v2
 
 from benchmarks.pairs import Row, Work, compared, device_clock, train_in_turn
 from benchmarks.pictures import DATA, Pictures, batches, fashion_images
-from modicum.config import Experiment
 from modicum.data.images import Images
 from modicum.data.stream import Stream
 from modicum.finetune.audit import Audit
@@ -33,6 +32,7 @@ from modicum.method import find_method
 from modicum.networks import Classifier
 from modicum.optim import build_optimizer, parameter_groups, schedule_with_warmup
 from modicum.resolve import resolve, stage_facts, view_arguments
+from modicum.settings import Experiment
 from modicum.views.policies import build_policy
 
 ARRANGEMENTS = {"weak views apart": (False, 7.0), "weak_in_batch": (True, 4.0)}  # name -> setting, bar

@@ -22,9 +22,9 @@ from sklearn.neighbors import NearestNeighbors
 
 from benchmarks.features import CLASSES, clustered
 from benchmarks.pairs import Row, Work, compared, device_clock, installed, take_turns
-from modicum.config import Experiment
 from modicum.hardware import choose_hardware
 from modicum.neighbours import normalise, scores, search
+from modicum.settings import Experiment
 
 K, TEMPERATURE = 200, 0.07
 TIE = 1e-6

@@ -9,10 +9,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.pairs import Skipped
-from modicum.config import DataSettings
 from modicum.data.images import Images
 from modicum.data.sources import load_images
 from modicum.errors import InputError
+from modicum.settings import DataSettings
 
 DATA: dict[str, Any] = {"name": "fashion_mnist", "image_size": 32, "channels": 3}
 WORKERS = 2  # of a peer's DataLoader

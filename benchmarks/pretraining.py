@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from benchmarks.pairs import Row, Work, compared, device_clock, installed, train_in_turn
 from benchmarks.pictures import DATA, Pictures, batches, fashion_images
-from modicum.config import Experiment
 from modicum.data.images import Images
 from modicum.data.stream import Sample, Stream
 from modicum.exchange import initial_backbone
@@ -34,6 +33,7 @@ from modicum.method import Method, find_method
 from modicum.networks import Backbone, create_backbone
 from modicum.optim import build_optimizer, parameter_groups, schedule_with_warmup
 from modicum.resolve import num_steps, resolve, stage_facts, view_arguments
+from modicum.settings import Experiment
 from modicum.views.policies import build_policy
 
 NETWORKS = {"resnet18": (3.0, 3), "resnet10_small": (4.0, 5)}  # name -> bar beside lightly, rounds

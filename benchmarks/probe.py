@@ -22,9 +22,9 @@ from torch import nn
 
 from benchmarks.features import CLASSES, clustered
 from benchmarks.pairs import Row, Seconds, compared, device_clock, take_turns
-from modicum.config import Experiment, LinearSettings
 from modicum.evaluate.linear import fit_probe, standardise
 from modicum.hardware import choose_hardware
+from modicum.settings import Experiment, LinearSettings
 
 PATIENCE = 240.0  # seconds of scikit-learn's sweep that are measured
 SGD, SKLEARN = "SGD, 100 epochs", "scikit-learn, same strengths"

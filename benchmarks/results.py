@@ -15,10 +15,10 @@ from pathlib import Path
 from rich.table import Table
 
 from benchmarks.pairs import Row
-from modicum.config import Experiment
 from modicum.files import write_atomically
 from modicum.hardware import choose_hardware
 from modicum.provenance import provenance
+from modicum.settings import Experiment
 
 RESULTS = Path(__file__).with_name("results.csv")
 README = Path(__file__).with_name("README.md")

@@ -26,9 +26,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from benchmarks.pairs import Row, Work, compared, device_clock, installed, take_turns
-from modicum.config import Experiment
 from modicum.hardware import choose_hardware
 from modicum.randomness import generator
+from modicum.settings import Experiment
 from modicum.views import build_policy
 from modicum.views.policies import Policy
 from modicum.views.recipes import PAPERS

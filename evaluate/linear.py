@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from modicum.config import LinearSettings
 from modicum.data.stratify import stratified_folds
 from modicum.randomness import seed_of
+from modicum.settings import LinearSettings
 
 FEW = 20  # labels a class under which nothing is held out: the choice is made by k-fold
 ROUGH, FINE = 1e-4, 1e-6  # largest gradient entry left: to rank strengths, and in the probe that is judged

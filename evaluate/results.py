@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from modicum.config import Experiment, flatten, load_experiment, shipped_configs
+from modicum.config import flatten, load_experiment, shipped_configs
 from modicum.evaluate.metrics import class_accuracies
 from modicum.evaluate.rows import Judge, Row, Sets
 from modicum.provenance import provenance
 from modicum.session import Session
+from modicum.settings import Experiment
 
 
 @dataclass

@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 
 from modicum import neighbours
-from modicum.config import EvaluateSettings
 from modicum.data.images import UNKNOWN
 from modicum.evaluate import linear, metrics
 from modicum.randomness import seed_of
+from modicum.settings import EvaluateSettings
 
 Row = dict[str, Any]
 

@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 
 from modicum.checkpoint import Preprocessing, save_backbone, save_classifier
-from modicum.config import FinetuneSettings
 from modicum.data.images import UNKNOWN
 from modicum.data.stream import Stream
 from modicum.exchange import initial_backbone
@@ -27,6 +26,7 @@ from modicum.optim import build_optimizer, parameter_groups, schedule_with_warmu
 from modicum.record import Metrics, is_rank_zero, say
 from modicum.resolve import stage_facts, view_arguments
 from modicum.session import Session
+from modicum.settings import FinetuneSettings
 from modicum.views.policies import build_policy
 
 VALIDATION_READINGS = 20  # over a run

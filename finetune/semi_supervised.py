@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from modicum import distributed
-from modicum.config import AUTO, TeacherSettings
 from modicum.data.stream import Batch, Sample
 from modicum.errors import InputError
 from modicum.method import Decisions, Facts, Method, Progress, Recipe, decide_momentum
 from modicum.networks import Backbone, Classifier
+from modicum.settings import AUTO, TeacherSettings
 from modicum.teacher import Teacher, untouched_statistics
 
 TeacherOrNone = TeacherSettings | Literal["none"]

@@ -11,10 +11,10 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from modicum import __version__
-from modicum.config import DataSettings
 from modicum.errors import InputError
 from modicum.files import write_atomically
 from modicum.networks import Architecture, Backbone, Classifier
+from modicum.settings import DataSettings
 
 WEIGHTS = "model.safetensors"
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modicum.config import Experiment, load_experiment
+from modicum.config import load_experiment
 from modicum.data.fingerprint import input_fingerprint
 from modicum.errors import InputError, Interrupted, Preempted
 from modicum.explain import commented
@@ -23,6 +23,7 @@ from modicum.record import say, warn
 from modicum.run_folder import RunFolder
 from modicum.session import Request, make_request, prepare, run_stages, show_results
 from modicum.session import dry_run as plan
+from modicum.settings import Experiment
 
 app = typer.Typer(
     help="Unlabelled images and a modicum of labels in; an accurate classifier, a reusable backbone and an honest report out.",

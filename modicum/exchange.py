@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from modicum.checkpoint import fill, load_backbone, load_state
-from modicum.config import Experiment
 from modicum.errors import InputError
 from modicum.networks import Backbone, create_backbone
+from modicum.settings import Experiment
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "teacher", "student")  # where checkpoints keep the weights
 

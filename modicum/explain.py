@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import yaml
 from pydantic import BaseModel
 
-from modicum.config import Experiment
+from modicum.settings import Experiment
 
 if TYPE_CHECKING:
     from modicum.resolve import Reason

@@ -9,8 +9,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from modicum.config import Experiment
 from modicum.errors import InputError
+from modicum.settings import Experiment
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from torch import Tensor, nn
 
 from modicum import distributed
-from modicum.config import AUTO, Auto, did_you_mean
+from modicum.config import did_you_mean
 from modicum.errors import InputError
 from modicum.networks.norms import synchronise
 from modicum.networks.stems import SMALL_IMAGE
 from modicum.optim import Pace
 from modicum.randomness import seeded
+from modicum.settings import AUTO, Auto
 
 if TYPE_CHECKING:
     from modicum.data.stream import Batch

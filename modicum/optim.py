@@ -9,7 +9,7 @@ import torch
 from timm.optim import Lars
 from torch import nn
 
-from modicum.config import OptimizerSettings
+from modicum.settings import OptimizerSettings
 
 Schedule = Callable[[float], float]  # progress in 0..1 -> share of the peak learning rate
 

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from modicum import distributed
-from modicum.config import AUTO, DataSettings, Experiment, PretrainSettings, validate
+from modicum.config import validate
 from modicum.data.images import Images
 from modicum.errors import InputError
 from modicum.method import Decisions, Facts, Recipe, decide_momentum, find_method, settings_model
 from modicum.networks.backbones import Architecture, choose_architecture, view_step
 from modicum.record import warn
+from modicum.settings import AUTO, DataSettings, Experiment, PretrainSettings
 from modicum.views.policies import build_policy
 
 HAVE_MOMENTUM = {"sgd", "lars"}  # AdamW's averages go by other names

@@ -15,10 +15,11 @@ from typing import Any
 import yaml
 
 from modicum import __version__
-from modicum.config import HARMLESS, flatten
+from modicum.config import flatten
 from modicum.errors import InputError
 from modicum.files import write_atomically
 from modicum.record import is_rank_zero
+from modicum.settings import HARMLESS
 
 STAGES = ("pretrain", "finetune", "evaluate")
 LOCK = ".lock"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modicum.config import Experiment, flatten, load_experiment
+from modicum.config import flatten, load_experiment
 from modicum.console_log import ConsoleLog
 from modicum.data.fingerprint import input_fingerprint
 from modicum.errors import InputError
@@ -17,6 +17,7 @@ from modicum.files import content_hash
 from modicum.provenance import provenance
 from modicum.record import is_rank_zero, say, standard_output
 from modicum.run_folder import STAGES, Change, RunFolder, chain, depends
+from modicum.settings import Experiment
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from modicum import distributed
-from modicum.config import TeacherSettings
 from modicum.data.stream import Sample
 from modicum.networks.folding import Folded
+from modicum.settings import TeacherSettings
 
 
 class Teacher(nn.Module):

@@ -16,11 +16,11 @@ import torch
 from benchmarks import neighbours, pairs, results
 from benchmarks.__main__ import CASES, LONG, main
 from benchmarks.pairs import Row
-from modicum.config import OptimizerSettings
 from modicum.hardware import Hardware
 from modicum.loop import Training
 from modicum.method import Loss, Method
 from modicum.optim import SCHEDULES, build_optimizer, parameter_groups
+from modicum.settings import OptimizerSettings
 
 CHECKOUT = Path(results.__file__).parent.parent
 

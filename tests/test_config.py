@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modicum.config import HARMLESS, Experiment, flatten, load_experiment, shipped_configs
+from modicum.config import flatten, load_experiment, shipped_configs
 from modicum.errors import InputError
+from modicum.settings import HARMLESS, Experiment
 
 
 def write(folder: Path, text: str) -> str:

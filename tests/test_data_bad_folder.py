@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from modicum.config import DataSettings
 from modicum.data import pixel_cache
 from modicum.data.sources import load_images
 from modicum.errors import InputError
+from modicum.settings import DataSettings
 
 DIGITS = (load_digits().images * (255 / 16)).round().astype(np.uint8)
 

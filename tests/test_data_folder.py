@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from modicum.config import DataSettings
 from modicum.data import pixel_cache
 from modicum.data.fingerprint import input_fingerprint
 from modicum.data.pixel_cache import suitable_size
 from modicum.data.sources import load_images
 from modicum.errors import InputError
+from modicum.settings import DataSettings
 
 DIGITS = (load_digits().images * (255 / 16)).round().astype(np.uint8)
 TARGETS = load_digits().target

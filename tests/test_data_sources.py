@@ -16,11 +16,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch.nn import functional
 
-from modicum.config import DataSettings
 from modicum.data import catalogue, sources
 from modicum.data.fingerprint import input_fingerprint
 from modicum.data.sources import fit, load_images
 from modicum.errors import InputError
+from modicum.settings import DataSettings
 
 RANDOM = np.random.default_rng(0)
 

@@ -18,12 +18,12 @@ from torch import nn
 
 import modicum
 from modicum import distributed
-from modicum.config import DataSettings, TeacherSettings
 from modicum.data.images import Images
 from modicum.data.sources import load_images
 from modicum.data.stream import Stream
 from modicum.method import Facts, Progress, find_method
 from modicum.record import Metrics
+from modicum.settings import DataSettings, TeacherSettings
 from modicum.views.policies import build_policy
 
 RANKS, BATCH = 2, 16

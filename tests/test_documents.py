@@ -13,7 +13,7 @@ import yaml
 import modicum
 from modicum import cli
 from modicum.checkpoint import Preprocessing, save_backbone
-from modicum.config import HARMLESS, Experiment, flatten, load_experiment, shipped_configs, validate
+from modicum.config import flatten, load_experiment, shipped_configs, validate
 from modicum.data.catalogue import BUILT_IN
 from modicum.errors import InputError, Interrupted, Preempted
 from modicum.evaluate.rows import COLUMNS
@@ -21,6 +21,7 @@ from modicum.evaluate.table import spelt
 from modicum.method import find_method, method_names, settings_model
 from modicum.networks import create_backbone
 from modicum.pipelines.sweep import _choices
+from modicum.settings import HARMLESS, Experiment
 from modicum.views import build_policy
 from modicum.views.recipes import PAPERS, Recipe
 

@@ -8,12 +8,12 @@ from PIL import Image
 from torch import nn
 
 from modicum.checkpoint import Preprocessing, load_classifier, save_classifier
-from modicum.config import BackboneSettings
 from modicum.errors import InputError
 from modicum.evaluate.features import FeatureStore, apply_head, extract, raw_pixels
 from modicum.evaluate.predict import predict
 from modicum.hardware import Hardware
 from modicum.networks import Classifier, create_backbone
+from modicum.settings import BackboneSettings
 
 CPU = Hardware(torch.device("cpu"), "fp32", 1)
 PREPROCESSING = Preprocessing(8, 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))

@@ -7,9 +7,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from modicum.config import BackboneSettings, TeacherSettings
 from modicum.networks import create_backbone, mlp
 from modicum.networks.folding import Folded, pairs
+from modicum.settings import BackboneSettings, TeacherSettings
 from modicum.teacher import Teacher
 
 

@@ -7,9 +7,9 @@ from scipy.special import log_softmax
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from modicum.config import LinearSettings
 from modicum.data.stratify import stratified_folds
 from modicum.evaluate import linear
+from modicum.settings import LinearSettings
 
 SETTINGS = LinearSettings()
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from modicum.config import BackboneSettings, OptimizerSettings, TeacherSettings
 from modicum.method import Facts, Method, Progress, find_method, method_names, settings_model
 from modicum.networks import Backbone
 from modicum.networks.backbones import choose_architecture
 from modicum.optim import Pace, build_optimizer, parameter_groups
 from modicum.pretrain.prototypes import Prototypes
 from modicum.randomness import seeded
+from modicum.settings import BackboneSettings, OptimizerSettings, TeacherSettings
 from modicum.teacher import Teacher
 from modicum.views.policies import build_policy
 

@@ -12,10 +12,10 @@ import timm
 import torch
 
 from modicum.checkpoint import Preprocessing, load_backbone, load_classifier, save_backbone, save_classifier
-from modicum.config import BackboneSettings, Experiment
 from modicum.errors import InputError
 from modicum.exchange import initial_backbone
 from modicum.networks import Backbone, Classifier, create_backbone
+from modicum.settings import BackboneSettings, Experiment
 
 CASES = [
     ("resnet10_small", 16, 1),

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from modicum import distributed
 from modicum.checkpoint import Preprocessing, save_backbone
-from modicum.config import BackboneSettings, TeacherSettings
 from modicum.method import Facts, Progress, find_method
 from modicum.networks import create_backbone
 from modicum.networks.norms import SyncBatchNorm, synchronise
+from modicum.settings import BackboneSettings, TeacherSettings
 from modicum.teacher import Teacher
 
 NORMS = [nn.BatchNorm1d(6), nn.BatchNorm2d(6), nn.BatchNorm2d(6, affine=False), BatchNormAct2d(6, act_layer=nn.SiLU)]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from modicum.config import OptimizerSettings
 from modicum.optim import SCHEDULES, Pace, build_optimizer, learning_rate, parameter_groups, rising_to_one, schedule_with_warmup
+from modicum.settings import OptimizerSettings
 
 
 @pytest.mark.parametrize(

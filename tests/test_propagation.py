@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modicum.config import BackboneSettings, Experiment
 from modicum.data.images import Images
 from modicum.errors import InputError
 from modicum.finetune.methods.propagate import Propagate
@@ -15,6 +14,7 @@ from modicum.finetune.warm_start import DECAY, fit_head, set_head
 from modicum.hardware import Hardware
 from modicum.method import Facts
 from modicum.networks import create_backbone
+from modicum.settings import BackboneSettings, Experiment
 
 
 def features(n: int, d: int, seed: int = 0) -> np.ndarray:

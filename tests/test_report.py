@@ -15,7 +15,7 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 
 from modicum.checkpoint import Preprocessing, load_classifier, save_backbone, save_classifier
-from modicum.config import Experiment, load_experiment
+from modicum.config import load_experiment
 from modicum.data.images import Images
 from modicum.evaluate.report import Pictures
 from modicum.evaluate.report.charts import Series, heat_map, line_chart, thin, ticks
@@ -25,6 +25,7 @@ from modicum.evaluate.table import results_markdown, results_table
 from modicum.hardware import Hardware
 from modicum.networks import Classifier, create_backbone
 from modicum.run_folder import RunFolder
+from modicum.settings import Experiment
 
 EVIL = "<script>alert('x')</script>"
 SECTIONS = ["headline", "results", "learning", "knn", "errors", "gallery", "used", "repeat", "load"]

@@ -2,11 +2,12 @@
 
 import pytest
 
-from modicum.config import AUTO, Experiment, flatten, load_experiment
+from modicum.config import flatten, load_experiment
 from modicum.data.images import Images
 from modicum.data.sources import load_images
 from modicum.errors import InputError
 from modicum.resolve import Reason, resolve
+from modicum.settings import AUTO, Experiment
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 import torch
 
-from modicum.config import FinetuneSettings
 from modicum.data.images import Images
 from modicum.data.splits import draw_labels, draw_refits, make_splits, read_splits, write_splits
 from modicum.data.stratify import apportion, hold_out, stratified_folds
 from modicum.errors import InputError
+from modicum.settings import FinetuneSettings
 
 
 def labels_of(*counts, unknown=0):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modicum.config import BackboneSettings, TeacherSettings
 from modicum.networks import create_backbone, mlp
+from modicum.settings import BackboneSettings, TeacherSettings
 from modicum.teacher import Teacher, in_groups, untouched_statistics
 
 

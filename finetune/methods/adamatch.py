@@ -8,7 +8,6 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from modicum import distributed
-from modicum.config import AUTO
 from modicum.data.stream import Sample
 from modicum.finetune.alignment import DistributionAlignment, RunningMean
 from modicum.finetune.semi_supervised import TeacherOrNone
@@ -16,6 +15,7 @@ from modicum.finetune.weak_to_strong import WeakToStrong
 from modicum.method import Facts
 from modicum.networks import Backbone
 from modicum.randomness import generator
+from modicum.settings import AUTO
 from modicum.teacher import untouched_statistics
 
 

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le
 
-from modicum.config import AUTO
 from modicum.data.stream import Batch
 from modicum.errors import InputError
 from modicum.finetune.alignment import DistributionAlignment
@@ -16,6 +15,7 @@ from modicum.finetune.memory import Memory
 from modicum.finetune.semi_supervised import Guesses, SemiSupervised
 from modicum.method import Decisions, Facts, Loss
 from modicum.networks import Backbone, mlp
+from modicum.settings import AUTO
 
 
 class CoMatch(SemiSupervised):

@@ -6,7 +6,6 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
 
-from modicum.config import AUTO
 from modicum.data.stream import Sample
 from modicum.finetune.alignment import RunningMean
 from modicum.finetune.losses import fairness
@@ -15,6 +14,7 @@ from modicum.finetune.thresholds import self_adaptive
 from modicum.finetune.weak_to_strong import WeakToStrong
 from modicum.method import Facts
 from modicum.networks import Backbone
+from modicum.settings import AUTO
 
 
 class FreeMatch(WeakToStrong):

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
 
-from modicum.config import TeacherSettings
 from modicum.data.stream import Batch
 from modicum.finetune.losses import consistency, ramp_up
 from modicum.finetune.semi_supervised import SemiSupervised
 from modicum.method import Facts, Loss
 from modicum.networks import Backbone
+from modicum.settings import TeacherSettings
 
 
 class MeanTeacher(SemiSupervised):

@@ -7,7 +7,6 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from modicum import distributed
-from modicum.config import AUTO
 from modicum.data.stream import Sample
 from modicum.finetune.alignment import DistributionAlignment, RunningMean
 from modicum.finetune.semi_supervised import TeacherOrNone
@@ -15,6 +14,7 @@ from modicum.finetune.thresholds import truncated_gaussian
 from modicum.finetune.weak_to_strong import WeakToStrong
 from modicum.method import Facts
 from modicum.networks import Backbone
+from modicum.settings import AUTO
 
 
 class SoftMatch(WeakToStrong):

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from annotated_types import Ge, Gt
 
 from modicum import distributed
-from modicum.config import AUTO
 from modicum.data.stream import Batch
 from modicum.finetune.adversarial import adversarial_direction
 from modicum.finetune.losses import consistency, entropy
@@ -16,6 +15,7 @@ from modicum.finetune.semi_supervised import SemiSupervised
 from modicum.method import Decisions, Facts, Loss
 from modicum.networks import Backbone
 from modicum.randomness import generator
+from modicum.settings import AUTO
 from modicum.teacher import untouched_statistics
 
 

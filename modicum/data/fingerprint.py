@@ -5,9 +5,9 @@ import json
 from collections.abc import Iterable
 from importlib.metadata import version
 
-from modicum.config import DataSettings
 from modicum.data.catalogue import find_set
 from modicum.data.listing import label_file, walk
+from modicum.settings import DataSettings
 
 
 def digest(parts: Iterable[object]) -> str:

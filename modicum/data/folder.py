@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from modicum.config import DataSettings
 from modicum.data.catalogue import cache_root
 from modicum.data.fingerprint import digest
 from modicum.data.images import UNKNOWN, Images
@@ -17,6 +16,7 @@ from modicum.data.pixel_cache import cached_pixels
 from modicum.data.stratify import hold_out
 from modicum.errors import InputError
 from modicum.record import warn
+from modicum.settings import DataSettings
 
 
 def load_folder(settings: DataSettings, cache: Path | None = None) -> Images:

@@ -6,9 +6,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from modicum.config import DataSettings
 from modicum.data.listing import SUFFIXES, Tree, inside, label_file, refuse
 from modicum.errors import InputError
+from modicum.settings import DataSettings
 
 UNLABELLED = {"unlabelled", "unlabeled"}
 SPLITS = {"train", "test"}

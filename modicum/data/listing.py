@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from modicum.config import DataSettings
 from modicum.errors import InputError
+from modicum.settings import DataSettings
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SHOWN = 20  # bad files or rows listed in one message; the rest are counted

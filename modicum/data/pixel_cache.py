@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from modicum.config import Auto
 from modicum.data.decode import UNREADABLE, decode, reason, survey
 from modicum.data.fingerprint import digest
 from modicum.data.listing import Tree, refuse
 from modicum.errors import InputError
 from modicum.files import replacing
 from modicum.record import progress
+from modicum.settings import Auto
 
 VERSION = 1  # raised when decoding changes, so that older files are made anew
 CHUNK = 256  # images in flight at a time: what a Ctrl-C waits for

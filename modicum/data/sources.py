@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from modicum.config import DataSettings
 from modicum.data.catalogue import built_in, download_root, find_set
 from modicum.data.folder import load_folder
 from modicum.data.images import Images
@@ -18,6 +17,7 @@ from modicum.data.stratify import hold_out
 from modicum.data.torchvision_sets import Part, read_parts
 from modicum.errors import InputError
 from modicum.record import warn
+from modicum.settings import DataSettings
 
 CHUNK = 1024  # images resized at a time, as float
 EUROSAT_IMAGES = 27_000

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from modicum.config import FinetuneSettings
 from modicum.data.images import Images
 from modicum.data.stratify import apportion, draw_by_class, hold_out, stratified_folds
 from modicum.errors import InputError
 from modicum.files import write_table
 from modicum.randomness import seed_of
+from modicum.settings import FinetuneSettings
 
 COLUMNS = ["id", "path", "label", "split"]
 SPLITS = {"labelled", "validation", "unlabelled", "test"}

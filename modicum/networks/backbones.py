@@ -9,10 +9,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from modicum.config import BackboneSettings
 from modicum.errors import InputError
 from modicum.networks.stems import SMALL_IMAGE, Stem, apply_stem, require_small_stem, small_stem
 from modicum.randomness import seeded
+from modicum.settings import BackboneSettings
 
 # Ours are timm's own networks with other arguments, so that timm alone can load them again.
 OURS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from modicum.config import Fraction, Positive, Settings, did_you_mean
+from modicum.config import did_you_mean
 from modicum.errors import InputError
+from modicum.settings import Fraction, Positive, Settings
 from modicum.views.randaugment import OPERATIONS
 
 

@@ -7,11 +7,11 @@ from annotated_types import Ge, Gt
 from torch import nn
 
 from modicum import distributed
-from modicum.config import AUTO
 from modicum.data.stream import Batch
 from modicum.method import Decisions, Facts, Loss, Method, Recipe, decide_width
 from modicum.networks import Backbone, mlp
 from modicum.pretrain.losses import cross_correlation, off_diagonal_squares
+from modicum.settings import AUTO
 
 
 class BarlowTwins(Method):

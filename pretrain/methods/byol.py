@@ -6,12 +6,12 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge
 from torch import nn
 
-from modicum.config import TeacherSettings
 from modicum.data.stream import Batch
 from modicum.method import Decisions, Facts, Loss, Method, Progress, Recipe, decide_teacher
 from modicum.networks import Backbone, mlp
 from modicum.optim import rising_to_one
 from modicum.pretrain.losses import regression
+from modicum.settings import TeacherSettings
 from modicum.teacher import Teacher, in_groups
 
 

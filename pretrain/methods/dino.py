@@ -9,7 +9,6 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 
 from modicum import distributed
-from modicum.config import AUTO, TeacherSettings
 from modicum.data.stream import Batch
 from modicum.method import Decisions, Facts, Loss, Method, Progress, Recipe, decide_teacher
 from modicum.networks import Backbone
@@ -17,6 +16,7 @@ from modicum.optim import Pace, rising_to_one
 from modicum.pretrain.crops import by_size, take_all_sizes
 from modicum.pretrain.losses import across_views
 from modicum.pretrain.prototypes import Prototypes
+from modicum.settings import AUTO, TeacherSettings
 from modicum.teacher import Teacher, in_groups
 
 PAPER_PROTOTYPES = 65536

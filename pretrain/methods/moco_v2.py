@@ -8,13 +8,13 @@ from annotated_types import Ge, Gt
 from torch import nn
 
 from modicum import distributed
-from modicum.config import AUTO, TeacherSettings
 from modicum.data.stream import Batch
 from modicum.errors import InputError
 from modicum.method import Decisions, Facts, Loss, Method, Progress, Recipe, decide_teacher
 from modicum.networks import Backbone, mlp
 from modicum.pretrain.losses import info_nce
 from modicum.pretrain.queue import Queue
+from modicum.settings import AUTO, TeacherSettings
 from modicum.teacher import Teacher, in_groups
 
 PAPER_QUEUE = 65536

@@ -9,12 +9,12 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from modicum import distributed
-from modicum.config import AUTO, TeacherSettings
 from modicum.data.stream import Batch
 from modicum.method import Decisions, Facts, Loss, Method, Progress, Recipe, decide_teacher
 from modicum.networks import Backbone, mlp
 from modicum.optim import rising_to_one
 from modicum.pretrain.losses import in_batch_info_nce
+from modicum.settings import AUTO, TeacherSettings
 from modicum.teacher import Teacher, in_groups
 
 

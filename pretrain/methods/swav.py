@@ -10,7 +10,6 @@ from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
 from modicum import distributed
-from modicum.config import AUTO
 from modicum.data.stream import Batch
 from modicum.errors import InputError
 from modicum.method import Decisions, Facts, Loss, Method, Progress, Recipe
@@ -20,6 +19,7 @@ from modicum.pretrain.crops import by_size, take_all_sizes
 from modicum.pretrain.losses import across_views, sinkhorn
 from modicum.pretrain.prototypes import Prototypes
 from modicum.pretrain.queue import Queue
+from modicum.settings import AUTO
 
 PAPER_PROTOTYPES = 3000
 

@@ -8,11 +8,11 @@ from annotated_types import Ge, Gt
 from torch import nn
 
 from modicum import distributed
-from modicum.config import AUTO
 from modicum.data.stream import Batch
 from modicum.method import Decisions, Facts, Loss, Method, Recipe, decide_width
 from modicum.networks import Backbone, mlp
 from modicum.pretrain.losses import covariance, lacking_deviation, off_diagonal_squares
+from modicum.settings import AUTO
 
 
 class VICReg(Method):

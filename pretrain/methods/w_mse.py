@@ -9,13 +9,13 @@ from annotated_types import Ge, Lt
 from torch import nn
 
 from modicum import distributed
-from modicum.config import AUTO
 from modicum.data.stream import Batch
 from modicum.errors import InputError
 from modicum.method import Decisions, Facts, Loss, Method, Recipe
 from modicum.networks import Backbone, mlp
 from modicum.pretrain.crops import by_size
 from modicum.pretrain.losses import regression, whiten
+from modicum.settings import AUTO
 
 
 class WMSE(Method):
