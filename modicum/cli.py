@@ -209,11 +209,13 @@ def sweep(
         typer.Option("--run", metavar="DIR", help="folder of the runs; by default runs/<config name>-sweep", show_default=False),
     ] = None,
     init: Init = None,
+    skip_finetune: Annotated[bool, typer.Option("--skip-finetune", help="compare backbones: pretrain and evaluate alone")] = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
     """The same chain over seeds, methods, label counts: mean and spread in one table. Goes on from where it was."""
-    _pipeline("sweep").sweep(config, overrides or (), seeds=seeds, over=over or (), run=run, init=init, force=force)
+    options: dict[str, Any] = {"run": run, "init": init, "force": force, "skip_finetune": skip_finetune}
+    _pipeline("sweep").sweep(config, overrides or (), seeds=seeds, over=over or (), **options)
 
 
 @app.command("config")

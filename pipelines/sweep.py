@@ -22,6 +22,7 @@ from rich.text import Text
 
 from modicum.config import load_experiment
 from modicum.errors import InputError
+from modicum.evaluate.table import BEST_K
 from modicum.files import write_atomically
 from modicum.record import say, standard_output
 from modicum.session import Request, make_request, run_stages
@@ -63,8 +64,12 @@ def sweep(
     run: Path | None = None,
     init: str | None = None,
     force: bool = False,
+    skip_finetune: bool = False,
 ) -> None:
-    """Runs what is not done, writes sweep.csv and sweep.md and prints the table. Raises InputError naming the run that failed."""
+    """Runs what is not done, writes sweep.csv and sweep.md and prints the table. Raises InputError naming the run that failed.
+
+    With `skip_finetune` the question is the backbones alone: stages one and three.
+    """
     if "RANK" in os.environ:
         raise InputError("A sweep runs in one process: under torchrun start its runs one by one, by `modicum run`.")
     root = run or Path("runs") / f"{Path(config).name.removesuffix('.yaml').removesuffix('.yml')}-sweep"
@@ -77,7 +82,8 @@ def sweep(
         began = time.monotonic()
         try:
             request = _request(config, member, root, init, backbones)
-            worked = run_stages(request, request.stages, force=force, quiet=True)
+            stages = [stage for stage in request.stages if stage != "finetune" or not skip_finetune]
+            worked = run_stages(request, stages, force=force, quiet=True)
         except InputError as error:
             raise InputError(f"{member.folder}: {error}") from error
         if "pretrain" in request.stages:
@@ -146,9 +152,14 @@ def _request(config: str, member: Member, root: Path, init: str | None, backbone
 
 def _headline(results: Row) -> str:
     headline = results["headline"]
-    return (
-        f"{100 * headline['accuracy']:.1f} % with {headline['labels']:,} labels" if headline["accuracy"] is not None else "no test images"
-    )
+    if headline["accuracy"] is not None:
+        return f"{100 * headline['accuracy']:.1f} % with {headline['labels']:,} labels"
+    nearest = [row for row in results["rows"] if _is_best_knn(row) and row["features"] == "pretrained"]
+    return f"{100 * nearest[-1]['top1']:.1f} % by kNN with {nearest[-1]['labels']:,} labels" if nearest else "no test images"
+
+
+def _is_best_knn(row: Row) -> bool:
+    return row["protocol"] == "knn" and row["k"] == BEST_K
 
 
 def _csv(rows: list[Row]) -> str:
@@ -161,11 +172,12 @@ def _csv(rows: list[Row]) -> str:
 
 
 def summaries(rows: Iterable[Row]) -> list[Summary]:
-    """Mean and spread over the seeds: the classifier, its supervised baselines, linear probes; in the order of the rows."""
+    """Mean and spread over the seeds: the classifier, its supervised baselines, probes and kNN at one k; in the order of the rows."""
     groups: dict[tuple[str, str, str, int], list[float]] = {}
     for row in rows:
-        if row["protocol"] != "knn":
-            groups.setdefault((row["variant"], row["protocol"], row["features"], row["labels"]), []).append(row["top1"])
+        if row["protocol"] != "knn" or _is_best_knn(row):
+            protocol = f"knn, k {BEST_K}" if row["protocol"] == "knn" else row["protocol"]
+            groups.setdefault((row["variant"], protocol, row["features"], row["labels"]), []).append(row["top1"])
     found = [
         Summary(*key, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
         for key, values in groups.items()

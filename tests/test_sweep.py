@@ -105,6 +105,11 @@ def test_init_is_passed_on(house: Any, modicum: Command) -> None:
     assert "pretrain" not in house.calls
 
 
+def test_backbones_are_compared_without_stage_two(house: Any, modicum: Command) -> None:
+    assert modicum("sweep", "digits", "--seeds", "2", "--skip-finetune") == 0
+    assert house.calls == ["pretrain", "evaluate"] * 2
+
+
 def test_a_failing_run_is_named_and_stops_the_sweep(house: Any, modicum: Command, capfd: pytest.CaptureFixture[str]) -> None:
     def fail(run: Any) -> None:
         if run.experiment.seed == 1:
@@ -143,5 +148,7 @@ def test_mean_and_spread() -> None:
     rows = [{"variant": "", "protocol": "finetuned", "features": "finetuned", "labels": 40, "top1": value} for value in values]
     (summary,) = summaries(rows)
     assert (summary.mean, summary.spread, summary.count) == (statistics.fmean(values), statistics.stdev(values), 4)
+    found = summaries({**row, "protocol": "knn", "k": k} for row in rows for k in (1, 20))
+    assert [(summary.protocol, summary.count) for summary in found] == [("knn, k 20", 4)]
     (single,) = summaries(rows[:1])
     assert (single.mean, single.spread, single.count) == (0.91, None, 1)
