@@ -28,7 +28,8 @@ EMBEDDINGS = [  # title, note, figures
     ),
     (
         "alignment and uniformity",
-        "Squared distance of an image's two views, and how unevenly all views fill the sphere. Of both, less is better.",
+        "Squared distance of an image's two views, and how unevenly all views fill the sphere. Of both, less is better, but a collapse "
+        "takes both to 0.",
         {"alignment": "alignment", "uniformity": "uniformity"},
     ),
 ]
@@ -125,8 +126,9 @@ def _similarities(folder: Path) -> Chart:
 def watched(folder: Path) -> list[tuple[str, float, float]]:
     """(figure, its first reading, its last) of what stage one watched; empty where it left none."""
     curves = read_curves(folder / "pretrain" / "metrics.csv")
-    figures = {"knn": "online kNN"} | {name: words for _, _, names in EMBEDDINGS for name, words in names.items()}
-    return [(words, curves[name][0][1], curves[name][-1][1]) for name, words in figures.items() if name in curves]
+    curves["knn"] = [(step, 100 * share) for step, share in curves["knn"]]
+    figures = {"knn": "online kNN, %"} | {name: words for _, _, names in EMBEDDINGS for name, words in names.items()}
+    return [(words, curves[name][0][1], curves[name][-1][1]) for name, words in figures.items() if curves[name]]
 
 
 def collapse_note(folder: Path) -> str | None:
