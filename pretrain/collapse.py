@@ -8,37 +8,43 @@ from typing import Any
 from modicum.files import write_atomically
 from modicum.record import Metrics, warn
 
-# Under either of them a reading is low.
-LEVELS = {"embedding_std": 0.05, "embedding_rank": 2.0}
+STD, RANK = 0.1, 4.0  # a reading with less of either is low; of few dimensions an eighth is rank enough
 READINGS = 3  # low ones in a row, so that a bad moment is no collapse
 CAUSES = {"pretrain.optimizer.lr": "too high", "pretrain.warmup_epochs": "too short"}  # with any method
+WATCHED = ("embedding_std", "embedding_rank")
 
 
-def watch(folder: Path, step: int, figures: Mapping[str, float], causes: Mapping[str, str], settings: Mapping[str, Any]) -> None:
-    """Warns when the reading at `step` is the READINGS-th low one in a row, once a run, and leaves `collapse.json` for the report.
+class Collapse:
+    """Warns where readings stay low, once a run, and leaves `collapse.json` for the report.
 
-    The readings before it are those of the run's metrics.csv, so that a resumed run counts on. `causes` names the method's settings
-    that usually have a part in it, and what is wrong with them then; `settings` holds their values, both by dotted names.
+    `causes` names settings that usually have a part in it with the run's method, and what is wrong with them then; `settings` holds
+    the values of all settings. Both have dotted names.
     """
-    path = folder / "collapse.json"
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["step"] < step:
-        return
-    readings: dict[int, dict[str, float]] = {}
-    for at, name, value in Metrics.read(folder / "metrics.csv"):
-        if name in LEVELS and at < step:
-            readings.setdefault(at, {})[name] = value
-    last = [*readings.values(), figures][-READINGS:]
-    if len(last) < READINGS or not all(is_low(reading) for reading in last):
-        return
-    named = "; ".join(f"{key} = {settings[key]}, {what}" for key, what in (CAUSES | dict(causes)).items())
-    message = (
-        f"pretrain: the embeddings have collapsed: at {READINGS} readings in a row, the last at step {step}, images hardly differed "
-        f"(spread {figures['embedding_std']:.3f} of an even one, effective rank {figures['embedding_rank']:.1f}). What usually causes it "
-        f"with {settings['pretrain.method.name']}: {named}."
-    )
-    warn(message)
-    write_atomically(path, json.dumps({"step": step, "message": message}, indent=2) + "\n")
+
+    def __init__(self, folder: Path, causes: Mapping[str, str], settings: Mapping[str, Any]) -> None:
+        self.path, self.metrics = folder / "collapse.json", folder / "metrics.csv"
+        self.causes, self.settings = CAUSES | dict(causes), settings
+
+    def look(self, step: int, figures: Mapping[str, float], most: int) -> None:
+        """Takes in the reading at `step`, whose rank is `most` at most. Earlier ones are in metrics.csv: a resumed run counts on."""
+        if self.path.is_file() and json.loads(self.path.read_text(encoding="utf-8"))["step"] < step:
+            return
+        readings: dict[int, Mapping[str, float]] = {}
+        for at, name, value in Metrics.read(self.metrics):
+            if name in WATCHED and at < step:
+                readings[at] = {**readings.get(at, {}), name: value}
+        last = [*readings.values(), figures][-READINGS:]
+        if len(last) < READINGS or not all(is_low(reading, most) for reading in last):
+            return
+        causes = "; ".join(f"{name} = {self.settings[name]}, {what}" for name, what in self.causes.items())
+        message = (
+            f"pretrain: the embeddings have collapsed: at {READINGS} readings in a row, the last at step {step}, images hardly differed "
+            f"(spread {figures['embedding_std']:.2f} of an even one, effective rank {figures['embedding_rank']:.1f} of {most}). "
+            f"What usually causes it with {self.settings['pretrain.method.name']}: {causes}."
+        )
+        warn(message)
+        write_atomically(self.path, json.dumps({"step": step, "message": message}, indent=2) + "\n")
 
 
-def is_low(reading: Mapping[str, float]) -> bool:
-    return any(reading[name] < level for name, level in LEVELS.items())
+def is_low(reading: Mapping[str, float], most: int) -> bool:
+    return reading["embedding_std"] < STD or reading["embedding_rank"] < min(RANK, most / 8)

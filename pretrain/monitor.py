@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from modicum.data.images import UNKNOWN, Images
 from modicum.files import write_atomically
 from modicum.hardware import Hardware
-from modicum.method import Method
 from modicum.neighbours import normalise, scores, search
 from modicum.networks import Backbone
+from modicum.pretrain.collapse import Collapse
 from modicum.pretrain.prototypes import Prototypes
 from modicum.pretrain.spread import BINS, alignment, cosines_of_pairs, deviation, effective_rank, histogram, uniformity
 from modicum.randomness import generator
@@ -66,19 +66,30 @@ class EmbeddingMonitor:
     stage two will meet the network. In the first few dozen steps those lag behind the weights, and the figures with them.
     """
 
-    def __init__(self, images: Images, policies: list[Policy], student: nn.Sequential, folder: Path, hardware: Hardware, seed: int) -> None:
+    def __init__(
+        self,
+        images: Images,
+        policies: list[Policy],
+        student: nn.Sequential,
+        collapse: Collapse,
+        folder: Path,
+        hardware: Hardware,
+        seed: int,
+    ) -> None:
         rows = images.rows("train")
-        rows = rows[torch.randperm(len(rows), generator=generator(seed, "monitor", "embeddings")).numpy()][: min(WATCHED, max(FEWEST, len(rows) // 4))]
+        rows = rows[torch.randperm(len(rows), generator=generator(seed, "monitor", "embeddings")).numpy()][
+            : min(WATCHED, max(FEWEST, len(rows) // 4))
+        ]
         self.pixels = images.pixels[torch.from_numpy(rows)]
         self.policies = policies[:2]
         self.draws = [policy.draw(generator(seed, "monitor", "view", at), len(rows)) for at, policy in enumerate(self.policies)]
-        self.student, self.folder, self.hardware = student, folder, hardware
+        self.student, self.collapse, self.folder, self.hardware = student, collapse, folder, hardware
         self.backbone = student[0]
         self.head = nn.Sequential(*(layer for layer in student[1:] if not isinstance(layer, Prototypes)))
 
     @torch.no_grad()
     def read(self, step: int) -> dict[str, float]:
-        """The figures of the moment, and a histogram of the similarities in `similarities.csv`; the student's mode is left as it was.
+        """The figures of the moment; the histogram of the similarities goes to `similarities.csv`. The student's mode is left as it was.
 
         Empty where the embeddings are not finite: the loop says so, and why.
         """
@@ -88,13 +99,15 @@ class EmbeddingMonitor:
             return {}
         positives, negatives = cosines_of_pairs(first, second)
         self._record(step, histogram(positives), histogram(negatives))
-        return {
+        figures = {
             "embedding_std": deviation(first),
             "embedding_rank": effective_rank(first),
             "feature_rank": effective_rank(features),
             "alignment": alignment(positives),
             "uniformity": uniformity(negatives),
         }
+        self.collapse.look(step, figures, min(first.shape))
+        return figures
 
     def _view(self, number: int) -> tuple[Tensor, Tensor]:
         """Features (N, F) and embeddings (N, D) of one view, float32 on the CPU."""

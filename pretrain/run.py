@@ -2,6 +2,8 @@
 
 import math
 
+from torch import nn
+
 from modicum.checkpoint import Preprocessing, save_backbone
 from modicum.config import flatten
 from modicum.data.stream import Stream
@@ -10,7 +12,7 @@ from modicum.loop import Monitor, Training
 from modicum.method import Method, find_method
 from modicum.networks import Backbone
 from modicum.optim import build_optimizer, parameter_groups, schedule_with_warmup
-from modicum.pretrain.collapse import watch
+from modicum.pretrain.collapse import Collapse
 from modicum.pretrain.monitor import EmbeddingMonitor, KnnMonitor
 from modicum.pretrain.queue import queue_ages
 from modicum.record import is_rank_zero
@@ -59,19 +61,12 @@ def monitors(session: Session, method: Method, backbone: Backbone, policies: lis
     settings, folder = experiment.pretrain, session.folder.stage("pretrain")
     plain = build_policy({"name": "none"}, **view_arguments(experiment.data))
     knn = KnnMonitor(images, plain, hardware, experiment.seed)
-    embeddings = EmbeddingMonitor(images, policies, method.student, folder, hardware, experiment.seed)
-    values = flatten(experiment.model_dump())
-
-    def read_embeddings() -> dict[str, float]:
-        step = method.progress.step + 1
-        figures = embeddings.read(step)
-        if figures:
-            watch(folder, step, figures, method.collapse_causes, values)
-        return figures
-
+    collapse = Collapse(folder, method.collapse_causes, flatten(experiment.model_dump()))
+    assert isinstance(method.student, nn.Sequential)
+    embeddings = EmbeddingMonitor(images, policies, method.student, collapse, folder, hardware, experiment.seed)
     every = max(1, math.ceil(float(settings.monitor_epochs) * num_images / settings.batch_size))
     return [
         *([Monitor(every, lambda: knn.read(backbone))] if knn.possible else []),
-        Monitor(every, read_embeddings),
+        Monitor(every, lambda: embeddings.read(method.progress.step + 1)),
         Monitor(settings.log_every, lambda: queue_ages(method)),
     ]

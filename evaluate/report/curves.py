@@ -89,10 +89,7 @@ def _stage_one(folder: Path, settings: dict[str, Any]) -> list[Chart]:
             "How often the nearest training images are of the same class, while it learns. Watched only: no label enters training.",
             line_chart(knn, "epochs", share=True, label="Online kNN accuracy over epochs"),
         ),
-        *(
-            Chart(f"Pretraining: {title}", note, _watched(curves, names, label=f"{title} over epochs"))
-            for title, note, names in EMBEDDINGS
-        ),
+        *(Chart(f"Pretraining: {title}", note, _watched(curves, names, label=f"{title} over epochs")) for title, note, names in EMBEDDINGS),
         _similarities(folder),
     ]
 
