@@ -1,4 +1,4 @@
-"""Collapse: a network that gives all images nearly the same embedding has learnt nothing, whatever its loss says."""
+"""Collapse: a network that gives all images nearly the same embedding, or one of a line, has learnt nothing, whatever its loss says."""
 
 import json
 from collections.abc import Mapping
@@ -36,11 +36,12 @@ class Collapse:
         last = [*readings.values(), figures][-READINGS:]
         if len(last) < READINGS or not all(is_low(reading, most) for reading in last):
             return
-        causes = "; ".join(f"{name} = {self.settings[name]}, {what}" for name, what in self.causes.items())
+        causes = ", ".join(f"{name} {what} (now {self.settings[name]})" for name, what in self.causes.items())
         message = (
-            f"pretrain: the embeddings have collapsed: at {READINGS} readings in a row, the last at step {step}, images hardly differed "
-            f"(spread {figures['embedding_std']:.2f} of an even one, effective rank {figures['embedding_rank']:.1f} of {most}). "
-            f"What usually causes it with {self.settings['pretrain.method.name']}: {causes}."
+            f"pretrain: the embeddings have collapsed: at {READINGS} readings in a row, the last at step {step}, they lay close to one "
+            f"point or few directions (spread {figures['embedding_std']:.2f} of an even one, effective rank "
+            f"{figures['embedding_rank']:.1f} of {most}). With {self.settings['pretrain.method.name']} it usually comes from one of these: "
+            f"{causes}."
         )
         warn(message)
         write_atomically(self.path, json.dumps({"step": step, "message": message}, indent=2) + "\n")

@@ -178,8 +178,8 @@ def test_a_collapse_is_told_once_with_what_causes_it_and_a_resumed_run_tells_the
     run(session(digits, tmp_path / "whole", *COLLAPSING))
     told = " ".join(capsys.readouterr().err.split())
     assert told.count("the embeddings have collapsed") == 1
-    assert "pretrain.method.variance_weight = 1e-09, too low" in told
-    assert "pretrain.optimizer.lr = 0.05, too high" in told
+    assert "pretrain.method.variance_weight too low (now 1e-09)" in told
+    assert "pretrain.optimizer.lr too high (now 0.05)" in told
     whole = tmp_path / "whole" / "pretrain"
     noted = json.loads((whole / "collapse.json").read_text())
     assert noted["message"] in told.replace("warning ", "")
