@@ -61,9 +61,9 @@ class KnnMonitor:
 class EmbeddingMonitor:
     """How the student's embeddings of two views of some training images lie: spread, rank, alignment, uniformity and similarities.
 
-    The images, their two views (by the first two of the method's policies) and their draws are the same at every reading. What is
-    measured are the student's own embeddings, before any predictor, teacher, whitening or prototypes, with running norm statistics, as
-    stage two will meet the network. In the first few dozen steps those lag behind the weights, and the figures with them.
+    The images, their two views (by the first two of the run's policies) and their draws are the same at every reading. What is
+    measured are the student's own embeddings, before any predictor, whitening or prototypes, with running norm statistics, as stage
+    two will meet the network. In the first few dozen steps those lag behind the weights, and the figures with them.
     """
 
     def __init__(
@@ -77,9 +77,8 @@ class EmbeddingMonitor:
         seed: int,
     ) -> None:
         rows = images.rows("train")
-        rows = rows[torch.randperm(len(rows), generator=generator(seed, "monitor", "embeddings")).numpy()][
-            : min(WATCHED, max(FEWEST, len(rows) // 4))
-        ]
+        count = min(WATCHED, max(FEWEST, len(rows) // 4))
+        rows = rows[torch.randperm(len(rows), generator=generator(seed, "monitor", "embeddings")).numpy()][:count]
         self.pixels = images.pixels[torch.from_numpy(rows)]
         self.policies = policies[:2]
         self.draws = [policy.draw(generator(seed, "monitor", "view", at), len(rows)) for at, policy in enumerate(self.policies)]

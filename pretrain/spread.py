@@ -1,4 +1,4 @@
-"""How embeddings lie on the sphere: pure functions of a few hundred images' embeddings, one row (N, D) an image, on the CPU."""
+"""How embeddings lie on the sphere: pure functions of some images' embeddings, one row (N, D) an image, on the CPU."""
 
 import numpy as np
 import torch
