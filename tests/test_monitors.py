@@ -82,7 +82,7 @@ def test_a_histogram_counts_every_pair() -> None:
     shares = histogram(torch.tensor([-1.0, 0.01, 0.02, 1.0]))
     assert len(shares) == BINS
     assert [shares[0], shares[BINS // 2], shares[-1]] == [0.25, 0.5, 0.25]
-    rounded = F.normalize(draw(50, 7).float(), dim=1) * (1 + 1e-6)  # a cosine of 1 and a bit is one of 1
+    rounded = F.normalize(draw(50, 7), dim=1)  # a cosine of 1 and a bit is one of 1
     assert all(histogram(cosines).sum() == pytest.approx(1) for cosines in cosines_of_pairs(rounded, rounded))
 
 
@@ -149,9 +149,9 @@ def test_a_run_records_what_is_watched_and_comes_to_the_same_bits_without(
     folders = [each.folder.stage("pretrain") for each in (often, once)]
     assert_same(*(torch.load(folder / "state.pt", weights_only=True) for folder in folders))
     rows = Metrics.read(folders[0] / "metrics.csv")
-    # Of 512 keys 288 came from the 9 steps, 32 each; the random rest counts from the first.
     for name in {"knn", *WATCHED}:
         assert [step for step, found, _ in rows if found == name] == [3, 6, 9]
+    # Of 512 keys 288 came from the 9 steps, 32 each; the random rest counts from the first.
     assert {name: value for _, name, value in rows if name.startswith("queue")} == {"queue_age": 7.1875, "queue_age_max": 10}
     table = pd.read_csv(folders[0] / "similarities.csv")
     assert list(table.columns) == ["step", "low", "high", "positives", "negatives"]
