@@ -95,7 +95,10 @@ class Method(nn.Module):
     transformer_recipe: ClassVar[Recipe | None] = None  # where the paper has another one for them
     # Of a variant of another method: its own values, where those in the signature differ.
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    student: nn.Module  # what is optimised and averaged; other parameters (a predictor) stand beside it
+    # Of stage one: dotted names of settings that usually have a part in it when its embeddings collapse, and what is wrong with them.
+    collapse_causes: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    # What is optimised and averaged; in stage one a sequence of backbone, head and perhaps prototypes. A predictor stands beside it.
+    student: nn.Module
     paces: Mapping[str, Pace] = MappingProxyType({})  # names of parts whose learning rate does not follow the run's
     norm: str = "bn"  # what normalises the student: bn | shuffle_bn | sync_bn; set by `from_settings`
     progress: Progress = Progress(0, 1)  # of the run, before the step at hand; set by the loop

@@ -96,7 +96,7 @@ class PretrainSettings(Settings):
     warmup_epochs: Auto | Annotated[float, Field(ge=0)] = Field("auto", description="epochs in which the learning rate rises")
     views: Views = Field("auto", description="policies of the views: auto, NAME, NAME/NAME, {name: NAME, KEY: value} or a list")
     init: str | None = Field(None, description="a backbone to start from; none: random weights")
-    monitor_epochs: Auto | Positive = Field("auto", description="epochs between two readings of the online kNN monitor")
+    monitor_epochs: Auto | Positive = Field("auto", description="epochs between two readings of the online kNN and of the embeddings")
     log_every: Count = Field(20, description="steps between two rows of metrics.csv")
 
 

@@ -223,6 +223,7 @@ def test_under_torchrun_one_rank_writes_and_a_signal_saves(tmp_path: Path) -> No
         "console.log",
         "done.json",
         "metrics.csv",
+        "similarities.csv",
         "state.pt",
     ]
     assert [step for step, name, _ in Metrics.read(tmp_path / "whole" / "pretrain" / "metrics.csv") if name == "loss"] == list(range(1, 12))

@@ -19,7 +19,8 @@ from modicum.config import load_experiment
 from modicum.data.images import Images
 from modicum.evaluate.report import Pictures
 from modicum.evaluate.report.charts import Series, heat_map, line_chart, thin, ticks
-from modicum.evaluate.report.page import render
+from modicum.evaluate.report.curves import learning_charts
+from modicum.evaluate.report.page import markdown, render
 from modicum.evaluate.run import run
 from modicum.evaluate.table import results_markdown, results_table
 from modicum.hardware import Hardware
@@ -328,6 +329,39 @@ def test_many_classes_are_shown_as_their_worst_pairs(finished, tmp_path):
     assert "class 3 taken for class 7: 5 of 14" in text
     assert "The hardest classes" in text
     assert "Who is taken for whom" not in text
+
+
+def test_what_stage_one_watched_is_drawn_and_a_collapse_is_told(finished, tmp_path):
+    _, results = finished
+    (tmp_path / "pretrain").mkdir()
+    readings = {"knn": (0.25, 0.5), "embedding_std": (0.4, 0.05), "embedding_rank": (9, 1.5), "feature_rank": (30, 2)}
+    readings |= {"alignment": (0.3, 0.01), "uniformity": (-0.5, -0.02)}
+    rows = [f"{step},{name},{values[at]}\n" for name, values in readings.items() for at, step in enumerate((10, 20))]
+    (tmp_path / "pretrain" / "metrics.csv").write_text("step,name,value\n" + "".join(rows))
+    settings = Experiment.model_validate(SETTINGS).model_dump(mode="json")
+    assert not any("similarities" in chart.title for chart in learning_charts(tmp_path, settings, pretrained=True))
+
+    bins = "".join(f"{step},{low},{low + 0.5},{share},{1 - share}\n" for step in (10, 20) for low, share in ((0.0, 0.25), (0.5, 0.75)))
+    (tmp_path / "pretrain" / "similarities.csv").write_text("step,low,high,positives,negatives\n" + bins)
+    charts = {chart.title.removeprefix("Pretraining: "): chart.drawing for chart in learning_charts(tmp_path, settings, pretrained=True)}
+    assert [drawing.count("<polyline") for drawing in charts.values()] == [1, 2, 1, 2, 4]
+    assert list(charts) == [
+        "online kNN, %",
+        "effective rank",
+        "spread of the embeddings",
+        "alignment and uniformity",
+        "similarities, % of pairs",
+    ]
+    assert learning_charts(tmp_path, settings, pretrained=False) == []
+    assert "| online kNN, % | 25 | 50 |" in markdown(tmp_path, results, settings)
+
+    (tmp_path / "pretrain" / "collapse.json").write_text(json.dumps({"step": 20, "message": f"collapsed {EVIL}"}))
+    page = render(tmp_path, results, settings, None, Pictures())
+    check_page(page)
+    assert '<p class="warning">collapsed &lt;script&gt;' in page
+    assert "collapsed \\<script" in markdown(tmp_path, results, settings)
+    elsewhere = {**results, "init": "backbone"}  # it started from another run's backbone, whatever the folder holds
+    assert "collapsed" not in render(tmp_path, elsewhere, settings, None, Pictures()) + markdown(tmp_path, elsewhere, settings)
 
 
 def test_charts_hold_every_point_within_the_frame_and_round_ticks():

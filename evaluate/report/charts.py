@@ -41,7 +41,7 @@ def line_chart(series: Sequence[Series], x_name: str, *, share: bool, log_x: boo
     decimals = _decimals(y_ticks, 100 if share else 1)
     for tick in y_ticks:
         _, y = at(min(xs), tick)
-        shown = f"{100 * tick:.{decimals}f}" if share else f"{tick:.{decimals}f}"
+        shown = _signed(f"{100 * tick if share else tick:.{decimals}f}")
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{shown}</text>')
     for tick in sorted(set(xs)) if log_x else [t for t in ticks(min(xs), max(xs)) if min(xs) <= t <= max(xs)]:
@@ -53,7 +53,7 @@ def line_chart(series: Sequence[Series], x_name: str, *, share: bool, log_x: boo
         parts.append(f'<polyline class="line c{s.colour}{" dashed" if s.dashed else ""}" points="{path}"/>')
         if s.dots or len(s.points) == 1:
             for x, y in s.points:
-                value = f"{100 * y:.1f} %" if share else f"{y:.3g}"
+                value = f"{100 * y:.1f} %" if share else _signed(f"{y:.3g}")
                 place = 'cx="{:.1f}" cy="{:.1f}"'.format(*at(x, y))
                 parts.append(
                     f'<circle class="dot c{s.colour}" {place} r="2.6"><title>{escape(s.name)}, {_short(x)}: {value}</title></circle>'
@@ -94,7 +94,11 @@ def _decimals(values: Sequence[float], scale: float) -> int:
 
 
 def _short(number: float) -> str:
-    return f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:g}"
+    return _signed(f"{number:,.0f}" if number >= 10 or number == int(number) else f"{number:g}")
+
+
+def _signed(number: str) -> str:
+    return number.replace("-", "\N{MINUS SIGN}")
 
 
 def bars(rows: Sequence[tuple[str, float, float | None]], *, label: str) -> Markup:

@@ -1,10 +1,12 @@
 """Learning curves from the stages' metrics.csv: charts of what they hold, none of what they lack."""
 
+import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from markupsafe import Markup
 
 from modicum.evaluate.report.charts import Series, bars, line_chart
@@ -12,6 +14,25 @@ from modicum.record import Metrics
 
 Curves = dict[str, list[tuple[float, float]]]
 BASELINES = {"random": "supervised, random weights", "pretrained": "supervised, backbone", "all_labels": "supervised, all labels"}
+EMBEDDINGS = [  # title, note, figures
+    (
+        "effective rank",
+        "How many directions features and embeddings fill, at most as many as they have or as there are images watched. "
+        "Comparable between runs of one method.",
+        {"feature_rank": "effective rank of the features", "embedding_rank": "effective rank of the embeddings"},
+    ),
+    (
+        "spread of the embeddings",
+        "Standard deviation on the unit sphere: 1 where they are spread evenly, 0 where all images are one point.",
+        {"embedding_std": "spread of the embeddings"},
+    ),
+    (
+        "alignment and uniformity",
+        "Squared distance of an image's two views, and how unevenly all views fill the sphere. Of both, less is better, but a collapse "
+        "takes both to 0.",
+        {"alignment": "alignment", "uniformity": "uniformity"},
+    ),
+]
 PSEUDO_LABELS = {
     "share_above_threshold": "share that counts",
     "pseudo_label_accuracy": "right, of all",
@@ -68,7 +89,49 @@ def _stage_one(folder: Path, settings: dict[str, Any]) -> list[Chart]:
             "How often the nearest training images are of the same class, while it learns. Watched only: no label enters training.",
             line_chart(knn, "epochs", share=True, label="Online kNN accuracy over epochs"),
         ),
+        *(Chart(f"Pretraining: {title}", note, _watched(curves, names, label=f"{title} over epochs")) for title, note, names in EMBEDDINGS),
+        _similarities(folder),
     ]
+
+
+def _watched(curves: Curves, names: dict[str, str], label: str) -> Markup:
+    series = [Series(words, curves.get(name, []), at, dots=True) for at, (name, words) in enumerate(names.items())]
+    return line_chart(series, "epochs", share=False, label=label)
+
+
+def _similarities(folder: Path) -> Chart:
+    """The cosines of the first reading and the last, over the range that they take."""
+    title = "Pretraining: similarities, % of pairs"
+    note = "Cosines of the embeddings of two views: of one image, which should lie high, and of two, which should lie lower. Bins of 0.05."
+    path = folder / "pretrain" / "similarities.csv"
+    if not path.is_file():
+        return Chart(title, note, Markup())
+    table = pd.read_csv(path)
+    series = []
+    for when, step in {"first": table["step"].min(), "last": table["step"].max()}.items():
+        reading = table[table["step"] == step]
+        middles = (reading["low"] + reading["high"]) / 2
+        for at, (name, words) in enumerate({"positives": "one image", "negatives": "two images"}.items()):
+            points = list(zip(middles, reading[name], strict=True))
+            series.append(Series(f"{words}, {when} reading", points, at, dashed=when == "first"))
+    taken = [x for s in series for x, share in s.points if share > 0]
+    low, high = min(taken) - 0.06, max(taken) + 0.06  # and the empty bin at either end
+    series = [replace(s, points=[(x, share) for x, share in s.points if low <= x <= high]) for s in series]
+    return Chart(title, note, line_chart(series, "cosine", share=True, label="Similarities of views of one image and of two"))
+
+
+def watched(folder: Path) -> list[tuple[str, float, float]]:
+    """(figure, its first reading, its last) of what stage one watched; empty where it left none."""
+    curves = read_curves(folder / "pretrain" / "metrics.csv")
+    curves["knn"] = [(step, 100 * share) for step, share in curves["knn"]]
+    figures = {"knn": "online kNN, %"} | {name: words for _, _, names in EMBEDDINGS for name, words in names.items()}
+    return [(words, curves[name][0][1], curves[name][-1][1]) for name, words in figures.items() if curves[name]]
+
+
+def collapse_note(folder: Path) -> str | None:
+    """What stage one said when it found its embeddings collapsed; None where it did not."""
+    path = folder / "pretrain" / "collapse.json"
+    return json.loads(path.read_text(encoding="utf-8"))["message"] if path.is_file() else None
 
 
 def _stage_two(folder: Path) -> list[Chart]:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from modicum.evaluate.metrics import most_confused
 from modicum.evaluate.report import words
 from modicum.evaluate.report.charts import heat_map
-from modicum.evaluate.report.curves import knn_charts, learning_charts
+from modicum.evaluate.report.curves import collapse_note, knn_charts, learning_charts, watched
 from modicum.evaluate.report.pictures import Pictures
 from modicum.evaluate.table import columns, judged_images, lines, percent, results_markdown, title
 from modicum.files import write_atomically
@@ -48,6 +48,7 @@ def render(folder: Path, results: dict[str, Any], settings: dict[str, Any], conf
         heads=columns(results),
         table=table,
         axis=axis,
+        collapse=collapse_note(folder) if results["init"] == "pretrain" else None,
         learning=learning_charts(folder, settings, pretrained=results["init"] == "pretrain"),
         knn=knn_charts(results),
         matrix=matrix(results, confusion),
@@ -141,9 +142,23 @@ def markdown(folder: Path, results: dict[str, Any], settings: dict[str, Any]) ->
         first + "\n".join([*words.headline(results), *words.gains(results)]) + "\n",
         f"{words.plain(title(results))}\n",
         results_markdown(results),
+        *(pretraining(folder) if results["init"] == "pretrain" else []),
         "## What was used\n",
         "\n".join(f"- **{name}**: {words.plain(value)}" for name, value in words.facts(results, settings)) + "\n",
         f"## How to repeat it\n\n```\n{code}\n```\n",
         *([f"## How to load the backbone\n\nIn `{load['folder']}`:\n\n```python\n{load['code']}\n```\n"] if load else []),
     ]
     return "\n".join(parts)
+
+
+def pretraining(folder: Path) -> list[str]:
+    """For report.md: what stage one watched, at its first reading and its last, and whether its embeddings collapsed."""
+    rows = [f"| {what} | {first:.3g} | {last:.3g} |" for what, first, last in watched(folder)]
+    if not rows:
+        return []
+    note = collapse_note(folder)
+    return [
+        "## Pretraining, as watched\n",
+        *([f"{words.plain(note)}\n"] if note else []),
+        "\n".join(["| | first reading | last reading |", "| --- | ---: | ---: |", *rows]) + "\n",
+    ]

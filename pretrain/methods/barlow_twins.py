@@ -19,6 +19,7 @@ class BarlowTwins(Method):
 
     views: ClassVar = {"unlabelled": ("byol_a", "byol_b")}
     recipe: ClassVar = Recipe("lars", lr=0.2, weight_decay=1.5e-6, warmup=0.01)
+    collapse_causes: ClassVar = {"pretrain.method.redundancy_weight": "too low"}
 
     def __init__(
         self,

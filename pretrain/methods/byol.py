@@ -20,6 +20,11 @@ class BYOL(Method):
 
     views: ClassVar = {"unlabelled": ("byol_a", "byol_b")}
     recipe: ClassVar = Recipe("lars", lr=0.2, weight_decay=1.5e-6, warmup=0.01)
+    collapse_causes: ClassVar = {
+        "pretrain.method.teacher.momentum": "too low",
+        "pretrain.batch_size": "too small for batch norm",
+        "backbone.name": "without batch norm",
+    }
 
     def __init__(
         self,

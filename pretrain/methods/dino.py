@@ -28,6 +28,11 @@ class DINO(Method):
     views: ClassVar = {"unlabelled": ("dino_a", "dino_b", *("dino_local",) * 8)}
     fewest_views: ClassVar = 2
     recipe: ClassVar = Recipe("adamw", lr=5e-4, weight_decay=0.04, warmup=0.1)
+    collapse_causes: ClassVar = {
+        "pretrain.method.teacher_temperature": "too high",
+        "pretrain.method.centre_momentum": "too high",
+        "pretrain.method.teacher.momentum": "too low",
+    }
     centre: Tensor
 
     def __init__(

@@ -26,6 +26,7 @@ class MoCoV2(Method):
     views: ClassVar = {"unlabelled": ("moco_v2", "moco_v2")}
     target_views: ClassVar = {"unlabelled": (1,)}
     recipe: ClassVar = Recipe("sgd", lr=0.03, weight_decay=1e-4)
+    collapse_causes: ClassVar = {"pretrain.method.temperature": "too high", "pretrain.method.teacher.momentum": "too low"}
 
     def __init__(
         self,

@@ -24,6 +24,7 @@ class MoCoV3(Method):
     views: ClassVar = {"unlabelled": ("byol_a", "byol_b")}
     recipe: ClassVar = Recipe("lars", lr=0.3, weight_decay=1.5e-6, warmup=0.03)
     transformer_recipe: ClassVar = Recipe("adamw", lr=1.5e-4, weight_decay=0.1, warmup=0.13)
+    collapse_causes: ClassVar = {"pretrain.method.temperature": "too high", "pretrain.batch_size": "too small"}
 
     def __init__(
         self,

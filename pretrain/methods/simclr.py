@@ -19,6 +19,7 @@ class SimCLR(Method):
 
     views: ClassVar = {"unlabelled": ("simclr", "simclr")}
     recipe: ClassVar = Recipe("lars", lr=0.3, weight_decay=1e-6, warmup=0.1)
+    collapse_causes: ClassVar = {"pretrain.method.temperature": "too high", "pretrain.batch_size": "too small"}
 
     def __init__(
         self,

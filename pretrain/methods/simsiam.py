@@ -17,6 +17,10 @@ class SimSiam(Method):
 
     views: ClassVar = {"unlabelled": ("moco_v2", "moco_v2")}
     recipe: ClassVar = Recipe("sgd", lr=0.05, weight_decay=1e-4)
+    collapse_causes: ClassVar = {
+        "pretrain.batch_size": "too small for batch norm",
+        "backbone.name": "too small for the data, or without batch norm",
+    }
 
     def __init__(
         self,

@@ -30,6 +30,7 @@ class SwAV(Method):
     views: ClassVar = {"unlabelled": ("swav", "swav", *("swav_local",) * 6)}
     fewest_views: ClassVar = 2
     recipe: ClassVar = Recipe("lars", lr=0.3, weight_decay=1e-6, warmup=0.0125)
+    collapse_causes: ClassVar = {"pretrain.method.epsilon": "too high", "pretrain.method.frozen_epochs": "too few"}
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ class VICReg(Method):
 
     views: ClassVar = {"unlabelled": ("byol_a", "byol_b")}
     recipe: ClassVar = Recipe("lars", lr=0.2, weight_decay=1e-6, warmup=0.01)
+    collapse_causes: ClassVar = {"pretrain.method.variance_weight": "too low", "pretrain.method.covariance_weight": "too low"}
 
     def __init__(
         self,

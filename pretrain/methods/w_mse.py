@@ -24,6 +24,7 @@ class WMSE(Method):
     views: ClassVar = {"unlabelled": ("moco_v2", "moco_v2")}
     fewest_views: ClassVar = 2
     recipe: ClassVar = Recipe("adamw", lr=3e-3, weight_decay=1e-6, batch=512, warmup=0.005)
+    collapse_causes: ClassVar = {"pretrain.method.shrinkage": "too high", "pretrain.method.sub_batch": "too small"}
 
     def __init__(
         self,
