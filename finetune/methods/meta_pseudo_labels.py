@@ -86,10 +86,10 @@ class MetaPseudoLabels(SemiSupervised):
 
     def draw(self, probabilities: Tensor) -> Tensor:
         """A class (N,) for each image, drawn from its probabilities (N, C)."""
-        levels = torch.rand(
-            len(probabilities), 1, generator=generator(self.seed, "meta_pseudo_labels", self.progress.step, distributed.rank())
-        )
-        passed = probabilities.cumsum(dim=1) < levels.to(probabilities.device)
+        everyone = len(probabilities) * distributed.world_size()
+        levels = torch.rand(everyone, 1, generator=generator(self.seed, "meta_pseudo_labels", self.progress.step))
+        levels = levels[distributed.share(everyone)].to(probabilities.device)
+        passed = probabilities.cumsum(dim=1) < levels
         return passed.sum(dim=1).clamp_max(probabilities.shape[1] - 1)
 
     def labelled_loss(self, sample: Sample) -> Tensor:
