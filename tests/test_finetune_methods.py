@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from modicum.finetune.losses import pseudo_label
 from modicum.finetune.semi_supervised import Guesses, SemiSupervised
-from modicum.method import Facts, Progress, find_method, settings_model
+from modicum.method import Facts, Progress, find_method, method_names, settings_model
 
 CLASSES, IMAGES = 3, 6
 
@@ -72,6 +72,22 @@ def test_temporal_ensembling_is_the_paper_image_by_image() -> None:
         assert loss.parts["consistency"].item() == pytest.approx(total, abs=1e-6)
     np.testing.assert_allclose(method.ensemble.numpy(), ensemble, atol=1e-6)
     assert method.seen.tolist() == seen.tolist()
+
+
+CONSISTENT = [name for name in method_names("finetune") if "consistency" in settings_model(find_method("finetune", name)).model_fields]
+
+
+@pytest.mark.parametrize("kind", ["mse", "kl"])
+@pytest.mark.parametrize("name", CONSISTENT)
+def test_every_consistency_method_takes_either_distance(name: str, kind: str) -> None:
+    """In the second step, since an ensemble is empty in the first."""
+    teacher = {"teacher": {"norm": "bn", "momentum": 0.9}} if name == "mean_teacher" else {}
+    method = build(name, consistency=kind, **teacher)
+    for seed in (1, 3):
+        part = method({"labelled": sample([0, 1], 2, seed), "unlabelled": sample([2, 3, 4], 2, seed + 1)}).parts["consistency"]
+    (gradient,) = torch.autograd.grad(part, method.student.backbone.layer.weight)
+    assert part > 0
+    assert gradient.abs().sum() > 0
 
 
 def test_flexmatch_counts_each_image_by_its_last_confident_guess() -> None:
