@@ -90,6 +90,17 @@ def test_every_consistency_method_takes_either_distance(name: str, kind: str) ->
     assert gradient.abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", ["pi_model", "mean_teacher"])
+def test_of_two_views_the_weak_one_is_the_target(name: str) -> None:
+    teacher = {"teacher": {"norm": "bn", "momentum": 0.9}} if name == "mean_teacher" else {}
+    method = build(name, consistency="kl", **teacher)
+    batch = {"labelled": sample([0, 1], 2, 1), "unlabelled": sample([2, 3, 4], 2, 2)}
+    views = [batch["unlabelled"].view(number).requires_grad_() for number in (0, 1)]
+    batch["unlabelled"].view = views.__getitem__
+    gradients = torch.autograd.grad(method(batch).parts["consistency"], views, allow_unused=True)
+    assert [gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients] == [False, True]
+
+
 def test_flexmatch_counts_each_image_by_its_last_confident_guess() -> None:
     method = build("flexmatch", threshold=0.7)
     last: dict[int, int] = {}
