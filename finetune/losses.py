@@ -107,11 +107,6 @@ def shrunk_label(logits: Tensor, guesses: Tensor, kept: Tensor, weights: Tensor)
     return pseudo_label(logits.masked_fill(kept == 0, -torch.inf), guesses, weights)
 
 
-def binary_confidence(scores: Tensor, right: Tensor) -> Tensor:
-    """Cross-entropy of the confidence sigmoid(scores) (N,) to whether a guess was `right` (N,), 0 or 1, mean over N."""
-    return F.binary_cross_entropy_with_logits(scores, right)
-
-
 def attenuated(scores: Tensor, losses: Tensor, penalty: float) -> Tensor:
     """Mean over N of c l - penalty log c, c = sigmoid(scores) (N,): the confidence is least where `losses` (N,) are large.
 

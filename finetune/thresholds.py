@@ -41,7 +41,7 @@ def shrunk_classes(probabilities: Tensor, threshold: float) -> Tensor:
     ShrinkMatch (arXiv:2308.06777): classes next to the first are taken out, likeliest first, until what is left leaves no doubt.
     Where nothing is left beside the first, no choice of classes would do.
     """
-    ranked, order = probabilities.sort(dim=1, descending=True)
+    ranked, order = probabilities.sort(dim=1, descending=True, stable=True)  # of equal ones the first, as argmax has it
     rest = ranked.flip(1).cumsum(dim=1).flip(1)  # of a class and all less likely ones
     kept = ranked[:, :1] / (ranked[:, :1] + rest) >= threshold
     kept[:, 0] = True

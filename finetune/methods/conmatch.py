@@ -8,7 +8,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 
 from modicum.data.stream import Batch
-from modicum.finetune.losses import attenuated, binary_confidence, pseudo_label
+from modicum.finetune.losses import attenuated, pseudo_label
 from modicum.finetune.semi_supervised import Guesses, SemiSupervised, TeacherOrNone
 from modicum.method import Facts, Loss
 from modicum.networks import Backbone, mlp
@@ -54,7 +54,7 @@ class ConMatch(SemiSupervised):
             "unlabelled": pseudo_label(first, guess, used) + pseudo_label(second, guess, used),
             "consistency": pseudo_label(second, first.argmax(dim=1), first_trust.detach().sigmoid())
             + pseudo_label(first, second.argmax(dim=1), second_trust.detach().sigmoid()),
-            "confidence": binary_confidence(trust, right)
+            "confidence": F.binary_cross_entropy_with_logits(trust, right)
             + attenuated(first_trust, doubts[0], self.penalty)
             + attenuated(second_trust, doubts[1], self.penalty),
         }
