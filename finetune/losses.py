@@ -99,6 +99,22 @@ def pseudo_label_graph(probabilities: Tensor, threshold: float) -> Tensor:
     return graph / graph.sum(dim=1, keepdim=True)
 
 
+def shrunk_label(logits: Tensor, guesses: Tensor, kept: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy of logits (N, C) to classes (N,) among those `kept` (N, C) 0 or 1, times `weights` (N,), averaged over all N.
+
+    ShrinkMatch (arXiv:2308.06777): the classes that an image is confused with have no say.
+    """
+    return pseudo_label(logits.masked_fill(kept == 0, -torch.inf), guesses, weights)
+
+
+def attenuated(scores: Tensor, losses: Tensor, penalty: float) -> Tensor:
+    """Mean over N of c l - penalty log c, c = sigmoid(scores) (N,): the confidence is least where `losses` (N,) are large.
+
+    ConMatch (arXiv:2208.08631), its learnt confidence; without bounds the best c is penalty / l.
+    """
+    return (torch.sigmoid(scores) * losses - penalty * F.logsigmoid(scores)).mean()
+
+
 def ramp_up(progress: float, length: float) -> float:
     """exp(-5 (1 - r)^2) with r = progress / length up to 1 (Laine 2017, arXiv:1610.02242, section 3)."""
     r = min(1.0, progress / length) if length else 1.0

@@ -140,10 +140,10 @@ def training(session: Session, variant: Variant, method: SemiSupervised, monitor
     }
     audit = Audit(images, variant.labelled, method, variant.folder, hardware.device)
     epoch = math.ceil(len(rows["unlabelled"]) / sizes["unlabelled"])
-    others = [(child, 1.0) for name, child in method.named_children() if name != "student"]  # projectors; averages have no gradient
-    groups = parameter_groups(
-        [(method.student.backbone, settings.backbone_lr_scale), (method.student.head, 1.0), *others], float(settings.optimizer.weight_decay)
-    )
+    parts = []  # averages among them have no gradient
+    for child in method.children():
+        parts += [(child.backbone, settings.backbone_lr_scale), (child.head, 1.0)] if isinstance(child, Classifier) else [(child, 1.0)]
+    groups = parameter_groups(parts, float(settings.optimizer.weight_decay))
     return Training(
         title=variant.title,
         method=method,

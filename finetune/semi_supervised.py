@@ -47,35 +47,30 @@ class SemiSupervised(Method):
 
     @torch.no_grad()
     def start_head(self, weight: Tensor, bias: Tensor) -> None:
-        """Sets the head (C, D), (C,) of student and average alike, before the first step."""
-        for network in (self.student, self.average.network):
-            assert isinstance(network, Classifier)
-            network.head.weight.copy_(weight)
-            network.head.bias.copy_(bias)
+        """Sets the head (C, D), (C,) of every classifier, the student's average included, before the first step."""
+        for network in self.modules():
+            if isinstance(network, Classifier):
+                network.head.weight.copy_(weight)
+                network.head.bias.copy_(bias)
 
     def features(self, *images: Tensor) -> list[Tensor]:
         """The student's features of several sets of images in ONE pass, so that all are normalised by the same mixture."""
-        features = self.student.backbone(torch.cat(images))
-        return list(features.split([len(part) for part in images]))
+        return in_one_pass(self.student.backbone, *images)
 
     def together(self, *images: Tensor) -> list[Tensor]:
         """The student's logits of several sets of images in ONE pass."""
-        logits = self.student(torch.cat(images)).float()
-        return list(logits.split([len(part) for part in images]))
+        return [logits.float() for logits in in_one_pass(self.student, *images)]
 
     @torch.no_grad()
     def targets(self, sample: Sample, view: int) -> Tensor:
         """Class probabilities (N, C) of one view, without gradient: the teacher's, or the student's own from a pass of its own."""
         if self.has_teacher:
             return self.average(sample, view).float().softmax(dim=1)
-        with untouched_statistics(self.student):
-            return self.student(sample.view(view)).float().softmax(dim=1)
+        return aside(self.student, sample.view(view)).float().softmax(dim=1)
 
-    @torch.no_grad()
     def features_without_gradient(self, images: Tensor) -> Tensor:
         """The student's features from a pass of its own, which leaves the running statistics alone."""
-        with untouched_statistics(self.student):
-            return self.student.backbone(images)
+        return aside(self.student.backbone, images)
 
     @classmethod
     def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
@@ -92,6 +87,18 @@ class SemiSupervised(Method):
 
     def after_step(self, progress: Progress) -> None:
         self.average.update(self.student)
+
+
+def in_one_pass(network: nn.Module, *images: Tensor) -> list[Tensor]:
+    """What `network` says of several sets of images, all normalised by the same mixture."""
+    return list(network(torch.cat(images)).split([len(part) for part in images]))
+
+
+@torch.no_grad()
+def aside(network: nn.Module, images: Tensor) -> Tensor:
+    """What `network` says of images in a pass of their own, without gradient, which leaves its running statistics alone."""
+    with untouched_statistics(network):
+        return network(images)
 
 
 @torch.no_grad()

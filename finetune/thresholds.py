@@ -35,6 +35,19 @@ def truncated_gaussian(confidence: Tensor, mean: Tensor, variance: Tensor, sigma
     return torch.exp(-(below**2) * sigmas**2 / (2 * variance))
 
 
+def shrunk_classes(probabilities: Tensor, threshold: float) -> Tensor:
+    """Of probabilities (N, C) the classes kept, 0 or 1 (N, C): the first, and the least likely ones beside which it reaches `threshold`.
+
+    ShrinkMatch (arXiv:2308.06777): classes next to the first are taken out, likeliest first, until what is left leaves no doubt.
+    Where nothing is left beside the first, no choice of classes would do.
+    """
+    ranked, order = probabilities.sort(dim=1, descending=True, stable=True)  # of equal ones the first, as argmax has it
+    rest = ranked.flip(1).cumsum(dim=1).flip(1)  # of a class and all less likely ones
+    kept = ranked[:, :1] / (ranked[:, :1] + rest) >= threshold
+    kept[:, 0] = True
+    return torch.zeros_like(probabilities).scatter_(1, order, kept.to(probabilities.dtype))
+
+
 def signal_annealing(progress: float, num_classes: int, schedule: Annealing) -> float:
     """Probability of the right class above which a label no longer trains: from 1/C to 1 (UDA, arXiv:1904.12848, section 3.2)."""
     released = {

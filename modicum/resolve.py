@@ -99,6 +99,9 @@ def _views(
         return {key: (sized, "the same for all")}
     if stage == "finetune" and len(given) > len(own):  # weak comes first, so that methods of fewer views can be compared in one sweep
         return {key: (given[: len(own)], f"{name} takes {len(own)} of those given")}
+    strong = {policy["name"] for policy in own[len(given) - 1 :]}
+    if stage == "finetune" and 1 < len(given) < len(own) and len(strong) == 1:  # likewise those of more strong views
+        return {key: (given + given[-1:] * (len(own) - len(given)), f"{name} takes {len(own)}, the last for the rest")}
     if len(given) != len(own) and (fewest is None or len(given) < fewest):
         takes = f"{len(own)} views" if fewest is None else f"{fewest} views or more"
         raise InputError(f"{stage}.{key} names {len(given)} policies, but {name} takes {takes}.")

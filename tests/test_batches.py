@@ -1,10 +1,12 @@
-"""The endless order of images."""
+"""The endless order of images, and the batch that came before one."""
 
 import pytest
 import torch
 
 from modicum.data.batches import positions
+from modicum.data.stream import Stream
 from modicum.randomness import generator
+from modicum.views.policies import build_policy
 
 
 @pytest.mark.parametrize("size", [1, 7, 40])
@@ -35,3 +37,15 @@ def test_what_is_returned_may_be_changed():
 
 def test_nothing_asked_is_nothing_given():
     assert positions(5, 3, 0, "a").shape == (0,)
+
+
+def test_a_sample_can_be_asked_for_the_one_before():
+    """Without state: the same images, and the same draws for their views. The first one has itself before it."""
+    pixels = torch.randint(0, 256, (20, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    weak = build_policy({"name": "weak"}, image_size=8, channels=1, mirror=False, mean=[0.5], std=[0.25])
+    stream = Stream(pixels, torch.arange(20), torch.arange(20), [weak], 6, torch.device("cpu"), (0, "order"))
+    earlier, later = stream.sample(3), stream.sample(4)
+    assert torch.equal(later.previous().rows, earlier.rows)
+    assert torch.equal(later.previous().view(0), earlier.view(0))
+    assert not torch.equal(later.view(0), earlier.view(0))
+    assert torch.equal(stream.sample(0).previous().view(0), stream.sample(0).view(0))

@@ -10,6 +10,7 @@ from modicum.finetune.adversarial import adversarial_direction
 from modicum.finetune.alignment import MOMENTUM, DistributionAlignment
 from modicum.finetune.losses import (
     annealed_labels,
+    attenuated,
     consistency,
     embedding_cross_entropy,
     entropy,
@@ -20,12 +21,13 @@ from modicum.finetune.losses import (
     pseudo_label_graph,
     ramp_up,
     sharpen,
+    shrunk_label,
     soft_label,
     squared_error,
 )
 from modicum.finetune.memory import Memory
 from modicum.finetune.mixup import Mixing
-from modicum.finetune.thresholds import flexible, self_adaptive, signal_annealing, truncated_gaussian
+from modicum.finetune.thresholds import flexible, self_adaptive, shrunk_classes, signal_annealing, truncated_gaussian
 from modicum.method import find_method, settings_model
 
 SIZES = [(1, 2), (5, 3), (16, 10)]
@@ -284,3 +286,55 @@ def test_the_default_trial_step_is_found_in_single_precision() -> None:
         p = torch.tensor(softmax((weight @ images[i]).numpy()))
         exact = weight.T @ (p.diag() - torch.outer(p, p)) @ weight @ start[i]
         assert float(found[i] @ exact / exact.norm()) > 0.98
+
+
+@pytest.mark.parametrize(("n", "c"), SIZES)
+@pytest.mark.parametrize("threshold", [0.6, 0.95, 1.0])
+def test_shrunk_classes_leave_out_the_likeliest_rivals_one_by_one(n: int, c: int, threshold: float) -> None:
+    """Against the search of arXiv:2308.06777: after the first class, rivals go in falling order until it reaches the threshold."""
+    given = logits(n, c, 1).softmax(dim=1)
+    for row, kept in zip(given.tolist(), shrunk_classes(given, threshold).tolist(), strict=True):
+        first, *rivals = sorted(range(c), key=lambda k: -row[k])
+        while rivals and row[first] / (row[first] + sum(row[k] for k in rivals)) < threshold:
+            rivals.pop(0)
+        assert kept == [float(k == first or k in rivals) for k in range(c)]
+
+
+def test_shrunk_classes_of_a_sure_guess_are_all_and_of_a_hopeless_one_the_first_alone() -> None:
+    sure, torn, hopeless = [0.96, 0.03, 0.01], [0.5, 0.49, 0.01], [0.4, 0.3, 0.3]
+    assert shrunk_classes(torch.tensor([sure, torn, hopeless]), 0.95).tolist() == [[1, 1, 1], [1, 0, 1], [1, 0, 0]]
+
+
+def test_of_two_first_classes_the_one_kept_is_the_guess() -> None:
+    """Equal logits are common in bf16; were the other one kept, the loss would be infinite."""
+    tied = torch.zeros(4, 40)
+    tied[:, [7, 11, 30]] = 5
+    given = tied.softmax(dim=1)
+    assert shrunk_classes(given, 0.5)[range(4), given.argmax(dim=1)].tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("n", "c"), SIZES)
+def test_shrunk_label_is_a_cross_entropy_among_the_classes_kept(n: int, c: int) -> None:
+    given, guesses = logits(n, c, 1), torch.arange(n) % c
+    kept = (logits(n, c, 2) > 0).double()
+    kept[range(n), guesses] = 1
+    weights = torch.linspace(0, 1, n, dtype=torch.float64)
+    total = 0.0
+    for i in range(n):
+        among = [k for k in range(c) if kept[i, k]]
+        probabilities = softmax(given[i, among].numpy())
+        total -= weights[i].item() * math.log(probabilities[among.index(int(guesses[i]))])
+    assert shrunk_label(given, guesses, kept, weights).item() == pytest.approx(total / n, abs=1e-9)
+    torch.autograd.gradcheck(lambda x: shrunk_label(x, guesses, kept, weights), given.requires_grad_())
+
+
+@pytest.mark.parametrize("n", [1, 5, 16])
+def test_attenuated_is_the_formula_and_least_where_confidence_is_the_penalty_over_the_loss(n: int) -> None:
+    scores, losses = 3 * logits(n, 1, 1)[:, 0], logits(n, 1, 2)[:, 0].exp()
+    chances = [1 / (1 + math.exp(-score)) for score in scores.tolist()]
+    total = sum(c * loss - 0.5 * math.log(c) for c, loss in zip(chances, losses.tolist(), strict=True))
+    assert attenuated(scores, losses, 0.5).item() == pytest.approx(total / n, abs=1e-9)
+    torch.autograd.gradcheck(lambda x: attenuated(x, losses, 0.5), scores.requires_grad_())
+    best = torch.tensor([math.log(0.25 / 0.75)], dtype=torch.float64, requires_grad=True)  # confidence 0.25
+    attenuated(best, torch.tensor([2.0], dtype=torch.float64), 0.5).backward()
+    assert best.grad.item() == pytest.approx(0, abs=1e-12)

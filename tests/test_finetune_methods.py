@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy, one_hot
 
-from modicum.finetune.semi_supervised import SemiSupervised
-from modicum.method import Facts, Progress, find_method, settings_model
+from modicum.finetune.losses import pseudo_label
+from modicum.finetune.semi_supervised import Guesses, SemiSupervised
+from modicum.method import Facts, Progress, find_method, method_names, settings_model
 
 CLASSES, IMAGES = 3, 6
 
@@ -38,10 +40,12 @@ def build(name: str, **settings: Any) -> Any:
     return method
 
 
-def sample(rows: list[int], views: int, seed: int) -> Any:
+def sample(rows: list[int], views: int, seed: int, previous: Any = None) -> Any:
     made = torch.randn(views, len(rows), 1, 2, 2, generator=torch.Generator().manual_seed(seed))
     places = torch.tensor(rows)
-    return SimpleNamespace(view=lambda number: made[number], labels=places % CLASSES, rows=places, positions=places)
+    return SimpleNamespace(
+        view=lambda number: made[number], labels=places % CLASSES, rows=places, positions=places, previous=lambda: previous
+    )
 
 
 def probabilities(n: int, seed: int) -> torch.Tensor:
@@ -68,6 +72,33 @@ def test_temporal_ensembling_is_the_paper_image_by_image() -> None:
         assert loss.parts["consistency"].item() == pytest.approx(total, abs=1e-6)
     np.testing.assert_allclose(method.ensemble.numpy(), ensemble, atol=1e-6)
     assert method.seen.tolist() == seen.tolist()
+
+
+CONSISTENT = [name for name in method_names("finetune") if "consistency" in settings_model(find_method("finetune", name)).model_fields]
+
+
+@pytest.mark.parametrize("kind", ["mse", "kl"])
+@pytest.mark.parametrize("name", CONSISTENT)
+def test_every_consistency_method_takes_either_distance(name: str, kind: str) -> None:
+    """In the second step, since an ensemble is empty in the first."""
+    teacher = {"teacher": {"norm": "bn", "momentum": 0.9}} if name == "mean_teacher" else {}
+    method = build(name, consistency=kind, **teacher)
+    for seed in (1, 3):
+        part = method({"labelled": sample([0, 1], 2, seed), "unlabelled": sample([2, 3, 4], 2, seed + 1)}).parts["consistency"]
+    (gradient,) = torch.autograd.grad(part, method.student.backbone.layer.weight)
+    assert part > 0
+    assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["pi_model", "mean_teacher"])
+def test_of_two_views_the_weak_one_is_the_target(name: str) -> None:
+    teacher = {"teacher": {"norm": "bn", "momentum": 0.9}} if name == "mean_teacher" else {}
+    method = build(name, consistency="kl", **teacher)
+    batch = {"labelled": sample([0, 1], 2, 1), "unlabelled": sample([2, 3, 4], 2, 2)}
+    views = [batch["unlabelled"].view(number).requires_grad_() for number in (0, 1)]
+    batch["unlabelled"].view = views.__getitem__
+    gradients = torch.autograd.grad(method(batch).parts["consistency"], views, allow_unused=True)
+    assert [gradient is not None and bool(gradient.abs().sum() > 0) for gradient in gradients] == [False, True]
 
 
 def test_flexmatch_counts_each_image_by_its_last_confident_guess() -> None:
@@ -180,3 +211,121 @@ def test_simmatch_asks_the_labelled_images() -> None:
             student = np.exp(bank @ strong[i] / 0.1)
             total -= np.sum(target / target.sum() * np.log(student / student.sum())) / 2
         assert loss.parts["likeness"].item() == pytest.approx(total, rel=1e-4)
+
+
+def test_shrinkmatch_counts_an_unsure_guess_among_the_classes_left() -> None:
+    method = build("shrinkmatch", threshold=0.7, momentum=0.8, distribution_alignment=False)
+    share = 0.0
+    for number in range(4):
+        targets, strong = probabilities(8, number), 2 * torch.randn(8, 2 * CLASSES, generator=torch.Generator().manual_seed(number))
+        share = 0.8 * share + 0.2 * np.mean([row.max().item() >= 0.7 for row in targets])
+        total = 0.0
+        for row, heads in zip(targets.tolist(), strong.tolist(), strict=True):
+            first, *rivals = sorted(range(CLASSES), key=lambda k: -row[k])
+            if row[first] >= 0.7:
+                continue
+            while rivals and row[first] / (row[first] + sum(row[k] for k in rivals)) < 0.7:
+                rivals.pop(0)
+            left = np.exp([heads[CLASSES + k] for k in [first, *rivals]])  # the second head's
+            total -= bool(rivals) * share * row[first] * np.log(left[0] / left.sum()) / 8
+        guesses = Guesses(torch.arange(8), *method.judge(targets, sample([0], 2, 0), torch.zeros(2, CLASSES)))
+        parts = method.teach(strong, guesses)
+        assert parts["shrunk"].item() == pytest.approx(total, rel=1e-5)
+        assert parts["unlabelled"] == pseudo_label(strong[:, :CLASSES], targets.argmax(dim=1), guesses.used)
+
+
+def test_conmatch_believes_strong_views_as_far_as_its_estimator_does() -> None:
+    method = build("conmatch", threshold=0.4, penalty=0.3)
+    batch = {"labelled": sample([0, 1, 2], 1, 1), "unlabelled": sample([1, 3, 4, 5], 3, 2)}
+    parts = method(batch).parts
+    with torch.no_grad():
+        views = [batch["labelled"].view(0), *(batch["unlabelled"].view(number) for number in range(3))]
+        features = [method.student.backbone(view) for view in views]
+        logits = [method.student.head(part) for part in features]
+        known, weak, first, second = (part.softmax(dim=1).double().numpy() for part in logits)
+        trust = [method.estimator(*pair).sigmoid().double().numpy() for pair in zip(features, logits, strict=True)]
+    learnt, consistency, doubt = 0.0, 0.0, 0.0
+    for i in range(4):
+        guess, sure = weak[i].argmax(), weak[i].max() >= 0.4
+        for own, other, own_trust in ((first[i], second[i], trust[2][i]), (second[i], first[i], trust[3][i])):
+            learnt -= sure * np.log(own[guess]) / 4
+            consistency -= own_trust * np.log(other[own.argmax()]) / 4
+            doubt += (-own_trust * np.log(own[guess]) - 0.3 * np.log(own_trust)) / 4
+    for i in range(3):
+        doubt -= np.log(trust[0][i] if known[i].argmax() == i % CLASSES else 1 - trust[0][i]) / 3
+    assert parts["unlabelled"].item() == pytest.approx(learnt, rel=1e-5)
+    assert parts["consistency"].item() == pytest.approx(consistency, rel=1e-5)
+    assert parts["confidence"].item() == pytest.approx(doubt, rel=1e-5)
+
+
+def test_conmatch_learns_confidence_in_its_estimator_alone() -> None:
+    method = build("conmatch")
+    parts = method({"labelled": sample([0, 1, 2], 1, 1), "unlabelled": sample([1, 3, 4, 5], 3, 2)}).parts
+    for name, owner, other in (("confidence", method.estimator, method.student), ("consistency", method.student, method.estimator)):
+        gradients = torch.autograd.grad(parts[name], list(owner.parameters()), retain_graph=True)
+        assert all(gradient.abs().sum() > 0 for gradient in gradients)
+        nothing = torch.autograd.grad(parts[name], list(other.parameters()), retain_graph=True, allow_unused=True)
+        assert all(gradient is None for gradient in nothing)
+
+
+def test_the_teacher_of_meta_pseudo_labels_hears_what_the_student_gained() -> None:
+    """The gain of one step is to first order the paper's h = rate * (labelled gradient after) . (pseudo-label gradient before)."""
+    rate, method = 1e-3, build("meta_pseudo_labels").double()
+    optimizer = torch.optim.SGD(method.parameters(), lr=rate)
+    known, others = sample([0, 1, 2], 1, 1), sample([1, 3, 4, 5], 2, 2)
+    known.view, others.view = (lambda number, view=part.view: view(number).double() for part in (known, others))
+    known.previous, others.previous = (lambda part=part: part for part in (known, others))
+    batch, own = {"labelled": known, "unlabelled": others}, list(method.student.parameters())
+
+    def labelled_loss() -> torch.Tensor:
+        return cross_entropy(method.student(known.view(0)), known.labels)
+
+    method.progress = Progress(0, 10)
+    loss = method(batch)
+    assert loss.parts["feedback"] == 0
+    taught, before = method.drawn[others.positions].clone(), labelled_loss().item()
+    gradients = torch.autograd.grad(loss.parts["student"], own, retain_graph=True)
+    loss.total.backward()
+    optimizer.step()
+    after = torch.autograd.grad(labelled_loss(), own)
+    h = rate * sum(float((one * two).sum()) for one, two in zip(after, gradients, strict=True))
+    gain = before - labelled_loss().item()
+    assert gain == pytest.approx(h, rel=0.01)
+
+    method.progress = Progress(1, 10)
+    part = method(batch).parts["feedback"]
+    said = method.teacher(others.view(1))
+    assert part.item() == pytest.approx(0.99 * gain * cross_entropy(said, taught).item(), rel=1e-3)  # losses are single
+    (gradient,) = torch.autograd.grad(part, method.teacher.head.bias)
+    wanted = said.softmax(dim=1) - one_hot(taught, CLASSES)  # a gain makes what was taught likelier
+    torch.testing.assert_close(gradient, 0.99 * gain * wanted.mean(dim=0), rtol=1e-3, atol=0)
+
+
+def test_meta_pseudo_labels_draws_classes_by_their_probabilities() -> None:
+    method = build("meta_pseudo_labels")
+    rows = torch.tensor([[0.5, 0.3, 0.2]]).expand(20000, CLASSES)
+    drawn = method.draw(rows)
+    np.testing.assert_allclose(np.bincount(drawn, minlength=CLASSES) / 20000, rows[0], atol=0.02)
+    assert torch.equal(method.draw(rows), drawn)
+    method.progress = Progress(6, 10)
+    assert not torch.equal(method.draw(rows), drawn)
+
+
+def test_the_student_of_meta_pseudo_labels_learns_the_labels_last() -> None:
+    method = build("meta_pseudo_labels", finetuning=0.2)
+    known, others = sample([0, 1, 2], 1, 1), sample([1, 3, 4, 5], 2, 2)
+    known.previous, others.previous = lambda: known, lambda: others
+    for step, learnt in ((7, "student"), (8, "labelled")):
+        method.progress = Progress(step, 10)
+        loss = method({"labelled": known, "unlabelled": others})
+        own = list(method.student.parameters())
+        expected = torch.autograd.grad(loss.parts[learnt], own, retain_graph=True)
+        for gradient, wanted in zip(torch.autograd.grad(loss.total, own), expected, strict=True):
+            torch.testing.assert_close(gradient, wanted)
+
+
+def test_a_warm_start_reaches_the_teacher_that_labels() -> None:
+    method = build("meta_pseudo_labels")
+    method.start_head(torch.ones(CLASSES, 5), torch.arange(CLASSES))
+    for network in (method.student, method.average.network, method.teacher):
+        assert network.head.bias.tolist() == [0, 1, 2]

@@ -66,6 +66,13 @@ def test_a_method_of_fewer_views_takes_the_first_of_the_configs(digits: Images) 
     assert all("takes 1" in reasons[f"finetune.{key}"].why for key in ("views", "labelled_views"))
 
 
+@pytest.mark.parametrize("name", ["comatch", "conmatch", "remixmatch"])
+def test_a_method_of_more_strong_views_takes_the_last_again(digits: Images, name: str) -> None:
+    experiment, reasons = resolved(digits, f"finetune.method={name}", "finetune.views=[none, {name: strong, cutout: 0.2}]")
+    assert experiment.finetune.views == [{"name": "none"}, *[{"name": "strong", "cutout": 0.2}] * 2]
+    assert "takes 3" in reasons["finetune.views"].why
+
+
 @pytest.mark.parametrize(
     ("optimizer", "momentum", "nesterov"),
     [("adamw", 0.0, False), ("lars", 0.9, False), ("sgd", 0.9, True), ("{name: sgd, momentum: 0}", 0.0, False)],

@@ -18,7 +18,7 @@ class MeanTeacher(SemiSupervised):
     """The student's prediction on one view must equal the averaged teacher's on another, for labelled and unlabelled images."""
 
     views: ClassVar = {"labelled": ("weak", "weak"), "unlabelled": ("weak", "weak")}
-    target_views: ClassVar = {"labelled": (1,), "unlabelled": (1,)}
+    target_views: ClassVar = {"labelled": (0,), "unlabelled": (0,)}  # of weak/strong the weak ones
 
     def __init__(
         self,
@@ -36,9 +36,9 @@ class MeanTeacher(SemiSupervised):
 
     def forward(self, batch: Batch) -> Loss:
         labelled, unlabelled = batch["labelled"], batch["unlabelled"]
-        logits, unlabelled_logits = self.together(labelled.view(0), unlabelled.view(0))
+        logits, unlabelled_logits = self.together(labelled.view(1), unlabelled.view(1))
         student = torch.cat([logits, unlabelled_logits])
-        teacher = torch.cat([self.targets(sample, view=1) for sample in (labelled, unlabelled)])  # no gradient
+        teacher = torch.cat([self.targets(sample, view=0) for sample in (labelled, unlabelled)])  # no gradient
         weight = self.lambda_u * ramp_up(self.progress.fraction, self.ramp_length)
         parts = {"labelled": F.cross_entropy(logits, labelled.labels), "consistency": consistency(student, teacher, self.kind)}
         return Loss(parts["labelled"] + weight * parts["consistency"], parts)

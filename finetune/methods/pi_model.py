@@ -24,7 +24,9 @@ class PiModel(SemiSupervised):
         facts: Facts,
         seed: int = 0,
         *,
-        consistency: Annotated[Literal["mse", "kl"], "distance of the two predictions; kl holds the second one fixed"] = "mse",
+        consistency: Annotated[
+            Literal["mse", "kl"], "distance of the two predictions; kl holds the first one, of the weak view, fixed"
+        ] = "mse",
         lambda_u: Annotated[float, Ge(0), "weight of the consistency at the end of the ramp"] = 100.0,
         ramp_up: Annotated[float, Ge(0), Le(1), "share of the run in which the weight rises"] = 0.4,
     ) -> None:
@@ -34,8 +36,8 @@ class PiModel(SemiSupervised):
     def forward(self, batch: Batch) -> Loss:
         labelled, unlabelled = batch["labelled"], batch["unlabelled"]
         logits, again, others, others_again = self.together(labelled.view(0), labelled.view(1), unlabelled.view(0), unlabelled.view(1))
-        targets = torch.cat([again, others_again]).softmax(dim=1)
-        distance = consistency(torch.cat([logits, others]), targets, self.kind)
+        targets = torch.cat([logits, others]).softmax(dim=1)
+        distance = consistency(torch.cat([again, others_again]), targets, self.kind)
         weight = self.lambda_u * ramp_up(self.progress.fraction, self.ramp_length)
         parts = {"labelled": F.cross_entropy(logits, labelled.labels), "consistency": distance}
         return Loss(parts["labelled"] + weight * parts["consistency"], parts)

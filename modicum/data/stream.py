@@ -64,6 +64,10 @@ class Sample:
             self.rendered[number] = self._render(number, torch.arange(self.mine.start, self.mine.stop))
         return self.rendered[number]
 
+    def previous(self) -> "Sample":
+        """What the stream gave the step before; the first step has itself before it. Its views are rendered again."""
+        return self.stream.sample(max(0, self.step - 1))
+
     def _render(self, number: int, which: Tensor) -> Tensor:
         policy = self.stream.policies[number]
         draws = policy.draw(generator(*self.stream.keys, self.step, "view", number), len(self.chosen))
