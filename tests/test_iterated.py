@@ -343,3 +343,19 @@ def test_noisy_student_takes_the_noisy_one_of_two_views(digits: Images) -> None:
 def test_the_average_is_the_only_moving_one(tmp_path: Path) -> None:
     method = build("distill", teacher_from=str(saved(tmp_path / "teacher")))
     assert sum(isinstance(module, Teacher) for module in method.modules()) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "unlabelled", "labelled"),
+    [("noisy_student", 44, 0), ("temporal_ensembling", 44, 0), ("pseudo_label_mixup", 40, 0), ("flexmatch", 8, 0), ("simmatch", 0, 520)],
+)
+def test_the_state_holds_as_much_an_image_as_the_documents_say(name: str, unlabelled: int, labelled: int) -> None:
+    kind = find_method("finetune", name)
+    settings = settings_model(kind)().model_dump()
+
+    def size(num_unlabelled: int, num_labelled: int) -> int:
+        facts = Facts(100, 10, SIZE, 10, 4, num_labelled=num_labelled, num_unlabelled=num_unlabelled)
+        method = kind.from_settings(backbone(), facts, 0, settings)
+        return sum(value.nbytes for value in method.state_dict().values())
+
+    assert (size(30, 20) - size(20, 20), size(20, 30) - size(20, 20)) == (10 * unlabelled, 10 * labelled)
