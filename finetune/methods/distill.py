@@ -16,7 +16,7 @@ from modicum.networks import Backbone
 
 
 class Distill(SemiSupervised):
-    """The student learns what a frozen classifier says of the same view of every image; labels alone may join in."""
+    """The student learns what a frozen classifier says of the same view of every image; the labels may join in."""
 
     views: ClassVar = {"labelled": ("weak",), "unlabelled": ("weak",)}
 
