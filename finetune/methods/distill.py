@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le
+from torch import nn
 
 from modicum.checkpoint import load_classifier
 from modicum.data.stream import Batch
@@ -32,7 +33,8 @@ class Distill(SemiSupervised):
     ) -> None:
         super().__init__(backbone, facts)
         assert teacher_from is not None, "the stage names one"
-        self.teacher = load_classifier(Path(teacher_from))[0].requires_grad_(False)
+        teacher, _, _ = load_classifier(Path(teacher_from))
+        self.teacher = nn.Sequential(teacher.backbone, teacher.head).requires_grad_(False)  # not a classifier that this run trains
         self.temperature, self.alpha = temperature, alpha
 
     def train(self, mode: bool = True) -> "Distill":

@@ -65,6 +65,8 @@ class Backbone(nn.Module):
             return False
         network = replace(self.architecture, arguments={**self.architecture.arguments, "drop_path_rate": rate}).build()
         network.load_state_dict(self.network.state_dict())
+        for mine, theirs in zip(network.parameters(), self.network.parameters(), strict=True):
+            mine.requires_grad = theirs.requires_grad
         self.network = network
         return True
 
