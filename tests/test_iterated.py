@@ -172,6 +172,12 @@ def test_a_network_without_stochastic_depth_says_so() -> None:
     assert network.network is before
 
 
+def test_stochastic_depth_leaves_frozen_weights_frozen() -> None:
+    network = backbone().requires_grad_(False)
+    assert network.drop_paths(0.2)
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
 @pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 1.0), (0.5, 0.75), (4.0, 0.0)])
 def test_distill_learns_the_frozen_teacher_at_a_temperature(tmp_path: Path, temperature: float, alpha: float) -> None:
     method = build("distill", teacher_from=str(saved(tmp_path / "teacher")), temperature=temperature, alpha=alpha)
