@@ -40,6 +40,14 @@ def soft_label(logits: Tensor, targets: Tensor, used: Tensor) -> Tensor:
     return (F.cross_entropy(logits, targets, reduction="none") * used).mean()
 
 
+def distillation(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of softmax(logits / T) to softmax(teacher / T), both given as logits (N, C), mean over N.
+
+    SimCLR v2 (arXiv:2006.10029), equation 2; it has no factor T^2, so that a high T also makes gradients small.
+    """
+    return F.cross_entropy(logits / temperature, (teacher / temperature).softmax(dim=1))
+
+
 def annealed_labels(logits: Tensor, labels: Tensor, ceiling: float) -> Tensor:
     """Cross-entropy of logits (N, C) to labels (N,), over those that are not yet right with more than `ceiling` (arXiv:1904.12848, 3.2)."""
     losses = F.cross_entropy(logits, labels, reduction="none")

@@ -1,6 +1,7 @@
 """Stage two from a session: fine-tune the classifier, the supervised baselines that it is compared with, the refits that judge it."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ import numpy as np
 import pandas as pd
 import torch
 
-from modicum.checkpoint import Preprocessing, save_backbone, save_classifier
+from modicum import distributed
+from modicum.checkpoint import Preprocessing, load_classifier, save_backbone, save_classifier
 from modicum.data.images import UNKNOWN
 from modicum.data.stream import Stream
 from modicum.exchange import initial_backbone
 from modicum.finetune.audit import Audit, calibration_error
+from modicum.finetune.methods.noisy_student import NoisyStudent
 from modicum.finetune.methods.propagate import Propagate
 from modicum.finetune.outputs import outputs
 from modicum.finetune.propagation import Propagation
@@ -48,8 +51,9 @@ class Variant:
 def run(session: Session) -> None:
     """Runs the method asked for, then baselines and refits; what is finished is skipped, what is begun goes on."""
     for variant in variants(session):
-        if not (variant.folder / "classifier" / "model.safetensors").is_file():
-            train(session, variant)
+        for part in with_teachers(variant):
+            if not (part.folder / "classifier" / "model.safetensors").is_file():
+                train(session, part)
 
 
 def variants(session: Session) -> list[Variant]:
@@ -59,7 +63,7 @@ def variants(session: Session) -> list[Variant]:
     split = session.splits["split"]
     labelled = np.flatnonzero(split == "labelled")
     everything = np.flatnonzero((split != "test") & (session.splits["label"] != UNKNOWN))
-    supervised = {"name": "supervised", **settings_model(find_method("finetune", "supervised"))().model_dump()}
+    supervised = supervised_method()
     unlabelled = unlabelled_rows(settings, session.splits)
     title = f"finetune {settings.method['name']}"
     chosen = [Variant(title, folder, settings.method, labelled, unlabelled, start, settings.warm_start)]
@@ -89,6 +93,26 @@ def refits(session: Session, whole: Variant) -> list[Variant]:
     ]
 
 
+def supervised_method() -> dict[str, Any]:
+    """The block of the method `supervised` with its defaults, as baselines and first teachers have it."""
+    return {"name": "supervised", **settings_model(find_method("finetune", "supervised"))().model_dump()}
+
+
+def with_teachers(variant: Variant) -> Iterator[Variant]:
+    """The variant, after the runs whose classifiers teach it: one on the labels, unless its settings name a teacher, and its rounds."""
+    method = variant.method
+    if "teacher_from" in method and method["teacher_from"] is None:
+        first = replace(variant, title=f"{variant.title}, teacher", folder=variant.folder / "teacher", method=supervised_method())
+        yield first
+        method = {**method, "teacher_from": str(first.folder / "classifier")}
+    rounds = method.get("rounds", 1)
+    for number in range(1, rounds):
+        title, folder = f"{variant.title}, round {number} of {rounds}", variant.folder / "rounds" / str(number)
+        yield replace(variant, title=title, folder=folder, method=method)
+        method = {**method, "teacher_from": str(folder / "classifier")}
+    yield replace(variant, method=method)
+
+
 def train(session: Session, variant: Variant) -> None:
     """One fine-tuning run; leaves `classifier/` and `backbone/` in the variant's folder."""
     experiment, images = session.experiment, session.images
@@ -104,7 +128,9 @@ def train(session: Session, variant: Variant) -> None:
     monitors = validation_monitors(session, method)
     variant.folder.mkdir(parents=True, exist_ok=True)
     say(f"{variant.title}: {len(variant.labelled)} labelled images" + (f", {settings.steps} steps" if method.views else ""))
-    start_head(session, variant, method, monitors)
+    if not (variant.folder / "state.pt").is_file():  # which holds what these give
+        ask_teacher(session, variant, method)
+        start_head(session, variant, method, monitors)
     if method.views:
         training(session, variant, method, monitors).run()
     classifier = exported(method, settings)
@@ -112,6 +138,7 @@ def train(session: Session, variant: Variant) -> None:
     if is_rank_zero():
         save_backbone(variant.folder / "backbone", classifier.backbone, preprocessing)
         save_classifier(variant.folder / "classifier", classifier, preprocessing, images.class_names)
+    distributed.barrier()  # until the classifier is there, which may teach the next run
 
 
 def training(session: Session, variant: Variant, method: SemiSupervised, monitors: list[Monitor]) -> Training:
@@ -161,9 +188,18 @@ def training(session: Session, variant: Variant, method: SemiSupervised, monitor
     )
 
 
+def ask_teacher(session: Session, variant: Variant, method: SemiSupervised) -> None:
+    """The pseudo-labels of a round, from plain images."""
+    if not isinstance(method, NoisyStudent):
+        return
+    teacher, _, _ = load_classifier(Path(variant.method["teacher_from"]))
+    method.listen(outputs(session, teacher.to(session.hardware.device), torch.from_numpy(variant.unlabelled)).softmax(dim=1))
+    say(f"{variant.title}: {int((method.weight > 0).sum()):,} of the teacher's {len(method.weight):,} pseudo-labels count")
+
+
 def start_head(session: Session, variant: Variant, method: SemiSupervised, monitors: list[Monitor]) -> None:
-    """The head that a method without steps is, and that the others may start from; a saved state holds it already."""
-    if (variant.folder / "state.pt").is_file() or not (isinstance(method, Propagate) or variant.warm_start == "propagate"):
+    """The head that a method without steps is, and that the others may start from."""
+    if not (isinstance(method, Propagate) or variant.warm_start == "propagate"):
         return
     method.to(session.hardware.device)
     how = method.how if isinstance(method, Propagate) else Propagation()

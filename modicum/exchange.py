@@ -1,15 +1,17 @@
 """Backbones from other formats: weights that start a stage, from our own folders, safetensors files and foreign checkpoints."""
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modicum.checkpoint import fill, load_backbone, load_state
+from modicum.checkpoint import Preprocessing, fill, load_backbone, load_classifier, load_state
 from modicum.errors import InputError
 from modicum.networks import Backbone, create_backbone
-from modicum.settings import Experiment
+from modicum.settings import DataSettings, Experiment
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "teacher", "student")  # where checkpoints keep the weights
 
@@ -36,6 +38,21 @@ def initial_backbone(init: str | None, experiment: Experiment) -> Backbone:
         return given
     fill(backbone.network, _backbone_part(_read_weights(path), backbone.network.state_dict(), path), path)
     return backbone
+
+
+def refuse_unfit_teacher(key: str, folder: str, data: DataSettings, class_names: Sequence[str]) -> None:
+    """Raises InputError unless `folder`, named by the setting `key`, holds a classifier of these classes and of images like these."""
+    _, theirs, classes = load_classifier(Path(folder))
+    if classes != tuple(class_names):
+        raise InputError(f"{key} = {folder!r} knows other classes: {_listed(classes)}, where the data have {_listed(class_names)}.")
+    ours = asdict(Preprocessing.of(data))
+    unlike = [f"{name} {value} for {ours[name]}" for name, value in asdict(theirs).items() if value != ours[name]]
+    if unlike:
+        raise InputError(f"{key} = {folder!r} was made for other images: it has {'; '.join(unlike)}. Set data.* as in its run.")
+
+
+def _listed(classes: Sequence[str], most: int = 5) -> str:
+    return ", ".join(classes[:most]) + (f" and {len(classes) - most} more" if len(classes) > most else "")
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

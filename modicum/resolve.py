@@ -10,6 +10,7 @@ from modicum import distributed
 from modicum.config import validate
 from modicum.data.images import Images
 from modicum.errors import InputError
+from modicum.exchange import refuse_unfit_teacher
 from modicum.method import Decisions, Facts, Recipe, decide_momentum, find_method, settings_model
 from modicum.networks.backbones import Architecture, choose_architecture, view_step
 from modicum.record import warn
@@ -75,6 +76,8 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
         decide(f"{stage}.", _only_auto(section, rest))
         _refuse_long_warmup(stage, section)
         data = DataSettings(**settings["data"])
+        if section["method"].get("teacher_from") is not None:
+            refuse_unfit_teacher(f"{stage}.method.teacher_from", section["method"]["teacher_from"], data, images.class_names)
         decide(f"{stage}.", _views(stage, section, "views", policies, name, data, method.fewest_views))
         if stage == "finetune":
             own = [{"name": policy} for policy in method.views.get("labelled", ("weak",))]  # the baselines take one
@@ -98,7 +101,8 @@ def _views(
         sized = [{**given[0], "size": r.size, "crop_scale": r.crop_scale} if r.size else given[0] for r in recipes]
         return {key: (sized, "the same for all")}
     if stage == "finetune" and len(given) > len(own):  # weak comes first, so that methods of fewer views can be compared in one sweep
-        return {key: (given[: len(own)], f"{name} takes {len(own)} of those given")}
+        chosen = given[-len(own) :] if own[0]["name"] == "strong" else given[: len(own)]
+        return {key: (chosen, f"{name} takes {len(own)} of those given")}
     strong = {policy["name"] for policy in own[len(given) - 1 :]}
     if stage == "finetune" and 1 < len(given) < len(own) and len(strong) == 1:  # likewise those of more strong views
         return {key: (given + given[-1:] * (len(own) - len(given)), f"{name} takes {len(own)}, the last for the rest")}

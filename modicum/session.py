@@ -13,7 +13,7 @@ from modicum.config import flatten, load_experiment
 from modicum.console_log import ConsoleLog
 from modicum.data.fingerprint import input_fingerprint
 from modicum.errors import InputError
-from modicum.files import content_hash
+from modicum.inputs import named_inputs, with_setting
 from modicum.provenance import provenance
 from modicum.record import is_rank_zero, say, standard_output
 from modicum.run_folder import STAGES, Change, RunFolder, chain, depends
@@ -74,23 +74,11 @@ def make_request(
     """The request of a command line; `init` is what the stage `init_stage` starts from. Raises InputError, and creates nothing."""
     experiment = load_experiment(config, overrides)
     if init is not None:
-        experiment = _with_init(experiment, init_stage, init)
-    inputs = {"data": input_fingerprint(experiment.data)}
-    for stage in ("pretrain", "finetune"):
-        start = getattr(experiment, stage).init
-        if start in (None, "pretrain", "random"):
-            continue
-        path = Path(start).expanduser().absolute()  # the folder is valid from everywhere
-        if not path.exists():
-            raise InputError(f"{stage}.init = {start!r}: there is no such backbone folder or file.")
-        experiment = _with_init(experiment, stage, str(path))
-        inputs[f"{stage}.init"] = content_hash(path)
+        experiment = with_setting(experiment, init_stage, init=init)
+    experiment, named = named_inputs(experiment)
+    inputs = {"data": input_fingerprint(experiment.data), **named}
     name = Path(config).name.removesuffix(".yaml").removesuffix(".yml")
     return Request(name, experiment, RunFolder(run or Path("runs") / name), inputs)
-
-
-def _with_init(experiment: Experiment, stage: str, init: str) -> Experiment:
-    return experiment.model_copy(update={stage: getattr(experiment, stage).model_copy(update={"init": init})})
 
 
 @dataclass(frozen=True)

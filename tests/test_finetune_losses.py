@@ -12,6 +12,7 @@ from modicum.finetune.losses import (
     annealed_labels,
     attenuated,
     consistency,
+    distillation,
     embedding_cross_entropy,
     entropy,
     fairness,
@@ -60,6 +61,23 @@ def test_consistency_is_the_formula(n: int, c: int, kind: str) -> None:
         total += np.mean((p - t) ** 2) if kind == "mse" else np.sum(t * np.log(t / p))
     assert consistency(student, teacher, kind).item() == pytest.approx(total / n, abs=1e-9)
     torch.autograd.gradcheck(lambda x: consistency(x, teacher, kind), student.requires_grad_())
+
+
+@pytest.mark.parametrize(("n", "c"), SIZES)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_distillation_is_the_cross_entropy_of_tempered_predictions(n: int, c: int, temperature: float) -> None:
+    student, teacher = logits(n, c, 1), logits(n, c, 2)
+    total = 0.0
+    for i in range(n):
+        p, t = softmax(student[i].numpy() / temperature), softmax(teacher[i].numpy() / temperature)
+        total -= sum(t[k] * math.log(p[k]) for k in range(c))
+    assert distillation(student, teacher, temperature).item() == pytest.approx(total / n, abs=1e-9)
+    torch.autograd.gradcheck(lambda x: distillation(x, teacher, temperature), student.requires_grad_())
+
+
+def test_distillation_of_a_teacher_that_knows_nothing_is_least_for_a_student_that_does_not_either() -> None:
+    nothing = torch.zeros(3, 4, dtype=torch.float64)
+    assert distillation(nothing, nothing, 0.1).item() == pytest.approx(math.log(4), abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["mse", "kl"])

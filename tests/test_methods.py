@@ -3,16 +3,19 @@
 import copy
 import re
 import sys
+import tempfile
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor
 
+from modicum.checkpoint import Preprocessing, save_classifier
 from modicum.method import Facts, Method, Progress, find_method, method_names, settings_model
-from modicum.networks import Backbone
+from modicum.networks import Backbone, Classifier
 from modicum.networks.backbones import choose_architecture
 from modicum.optim import Pace, build_optimizer, parameter_groups
 from modicum.pretrain.prototypes import Prototypes
@@ -94,10 +97,22 @@ def backbone(name: str) -> Backbone:
         return Backbone(architecture)
 
 
+@cache
+def taught() -> "tempfile.TemporaryDirectory[str]":
+    """The classifier of another run, for methods that learn from one."""
+    folder = tempfile.TemporaryDirectory()
+    with seeded(1, "teacher"):
+        classifier = Classifier(Backbone(backbone("residual").architecture), CLASSES)
+    save_classifier(Path(folder.name), classifier, Preprocessing(SIZE, 1, (0.5,), (0.25,)), tuple(map(str, range(CLASSES))))
+    return folder
+
+
 def build(stage: str, name: str, settings: dict[str, Any], architecture: str = "residual") -> Method:
     facts = Facts(64, CLASSES, SIZE, STEPS, BATCH, ema_momentum=0.9, num_labelled=BATCH, num_unlabelled=2 * BATCH)
     kind = find_method(stage, name)
     resolved = settings_model(kind)(**settings).model_dump()
+    if "teacher_from" in resolved:
+        resolved["teacher_from"] = taught().name
     for key, (value, _) in kind.decide(resolved, facts).items():
         *parents, last = key.split(".")
         section = resolved
@@ -120,6 +135,7 @@ def optimizer_for(method: Method) -> torch.optim.Optimizer:
 
 
 def step(method: Method, optimizer: torch.optim.Optimizer, batch: dict[str, FrozenSample], number: int) -> Tensor:
+    torch.manual_seed(number)  # as the loop does, for dropout
     method.progress = Progress(number, STEPS)
     loss = method(batch)
     optimizer.zero_grad()

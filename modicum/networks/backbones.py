@@ -1,7 +1,8 @@
 """Any of timm's architectures by name, and two small residual networks made for the examples on a CPU."""
 
 import difflib
-from dataclasses import dataclass, field
+import inspect
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import timm
@@ -54,6 +55,20 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
+
+    def drop_paths(self, rate: float) -> bool:
+        """Leaves residual blocks out at random in training, the last at `rate`, earlier ones less (arXiv:1603.09382).
+
+        False for a network that cannot. The architecture stays as it is, since weights and features in evaluation do.
+        """
+        if "drop_path_rate" not in inspect.signature(type(self.network)).parameters:
+            return False
+        network = replace(self.architecture, arguments={**self.architecture.arguments, "drop_path_rate": rate}).build()
+        network.load_state_dict(self.network.state_dict())
+        for mine, theirs in zip(network.parameters(), self.network.parameters(), strict=True):
+            mine.requires_grad = theirs.requires_grad
+        self.network = network
+        return True
 
 
 def create_backbone(settings: BackboneSettings, channels: int, image_size: int, seed: int) -> Backbone:
