@@ -10,10 +10,10 @@ from modicum import distributed
 from modicum.config import validate
 from modicum.data.images import Images
 from modicum.errors import InputError
-from modicum.method import Decisions, Facts, Recipe, decide_momentum, find_method, settings_model
+from modicum.method import Decisions, Facts, Method, Recipe, decide_momentum, find_method, settings_model
 from modicum.networks.backbones import Architecture, choose_architecture, view_step
 from modicum.record import warn
-from modicum.settings import AUTO, DataSettings, Experiment, PretrainSettings
+from modicum.settings import AUTO, DataSettings, Experiment, FinetuneSettings, PretrainSettings
 from modicum.views.policies import build_policy
 
 HAVE_MOMENTUM = {"sgd", "lars"}  # AdamW's averages go by other names
@@ -53,9 +53,11 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
         given = {key: value for key, value in section["method"].items() if key != "name"}
         model = validate(settings_model(method), given, source=f"{stage}.method {name}", prefix=f"{stage}.method.")
         section["method"] = {"name": name, **model.model_dump()}
+        _refuse_norm(stage, method, section["method"])
         if stage == "pretrain":
             decide("pretrain.", _batch_size(experiment.pretrain, len(images.rows("train"))))
         else:
+            decide("finetune.", _images_a_step(experiment.finetune, method, len(images.rows("train"))))
             decide("finetune.", _only_auto(section, {"ema_momentum": decide_momentum(0.999, section["steps"], share=0.1)}))
         batch, ranks = section["batch_size"], distributed.announced_ranks()
         if batch % ranks:
@@ -81,7 +83,8 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             same = (section["views"] * len(own))[: len(own)], "as the unlabelled ones, weak first"
             decide("finetune.", _only_auto(section, {"labelled_views": same}))
             decide("finetune.", _views(stage, section, "labelled_views", own, name, data))
-        _fit_views(stage, [*section["views"], *section.get("labelled_views", ())], data, architecture, experiment.backbone.name)
+        used = [*section["views"], *section.get("labelled_views", ())]
+        _fit_views(stage, used, data, architecture, experiment.backbone.name, name if method.one_size else None)
     return Experiment.model_validate(settings), reasons
 
 
@@ -105,11 +108,21 @@ def _views(
     return {}
 
 
-def _fit_views(stage: str, views: list[dict[str, Any]], data: DataSettings, architecture: Architecture, name: str) -> None:
-    """Raises InputError for a policy that cannot be, or a view of a size that the network does not take."""
+def _fit_views(
+    stage: str, views: list[dict[str, Any]], data: DataSettings, architecture: Architecture, name: str, together: str | None
+) -> None:
+    """Raises InputError for a policy that cannot be, or a view of a size that the network does not take.
+
+    `together` is the method, where it passes all views at once.
+    """
     sizes = {build_policy(policy, **view_arguments(data)).size for policy in views}
     if sizes == {data.image_size}:
         return
+    if together and len(sizes) > 1:
+        raise InputError(
+            f"{stage}.views have sides of {' and '.join(map(str, sorted(sizes)))} px, but {together} passes all views through the network "
+            "together: give them one size."
+        )
     step = view_step(architecture)
     if step is None:
         raise InputError(f"{stage}.views: {name} takes images of one size alone; set the size of every view to {data.image_size}.")
@@ -154,6 +167,11 @@ def _optimizer(settings: dict[str, Any], recipe: Recipe, method: str, batch: int
     own = f"{method}'s own"
     chosen = recipe.name if settings["name"] == AUTO else settings["name"]
     momentum = (0.9 if chosen in HAVE_MOMENTUM else 0.0) if settings["momentum"] == AUTO else settings["momentum"]
+    given = settings["lr"] != AUTO
+    scaling = ("none" if given else recipe.scaling) if settings["scaling"] == AUTO else settings["scaling"]
+    lr = _learning_rate(recipe, scaling, batch)
+    if given and scaling != "none" and settings["lr"] != lr[0]:  # equal it is in the settings of a run that has resolved them
+        raise InputError(f"{prefix}.scaling = {scaling} would do nothing, since lr = {settings['lr']:g} is given: leave out one of them.")
     accelerates = chosen == "sgd" and momentum > 0  # Nesterov's momentum is SGD's, and one of 0 is none
     for key, heeded in (("momentum", chosen in HAVE_MOMENTUM), ("nesterov", accelerates)):
         if settings[key] not in (AUTO, 0) and not heeded:
@@ -163,12 +181,35 @@ def _optimizer(settings: dict[str, Any], recipe: Recipe, method: str, batch: int
         settings,
         {
             "name": (recipe.name, own),
-            "lr": (round(recipe.lr * batch / recipe.batch, 6), f"{recipe.lr} for {recipe.batch} images, scaled to {batch}"),
+            "lr": lr,
+            "scaling": (scaling, "lr is given" if given else own),
             "weight_decay": (recipe.weight_decay, own),
             "momentum": (momentum, "the usual" if momentum else f"{chosen} has none"),
             "nesterov": (recipe.nesterov and accelerates, own if accelerates else f"{chosen} has none"),
         },
     )
+
+
+def _refuse_norm(stage: str, method: type[Method], settings: dict[str, Any]) -> None:
+    teacher = settings.get("teacher", "none")
+    if teacher != "none" and teacher["norm"] not in method.teacher_norms:
+        *most, last = method.teacher_norms
+        raise InputError(
+            f"{stage}.method.teacher.norm = {teacher['norm']} has no use in {settings['name']}, which contrasts no query with "
+            f"other keys: choose {', '.join(most)} or {last}."
+        )
+
+
+def _learning_rate(recipe: Recipe, scaling: str, batch: int) -> tuple[float, str]:
+    """The recipe's rate for `batch` images a step, and by which formula (linear: arXiv:1706.02677; sqrt: arXiv:1404.5997)."""
+    lr = recipe.sqrt_lr or recipe.lr if scaling == "sqrt" else recipe.lr
+    ratio = batch / recipe.batch
+    factor, formula = {
+        "linear": (ratio, f"linear scaling: {lr:g} * {batch} / {recipe.batch}"),
+        "sqrt": (math.sqrt(ratio), f"square-root scaling: {lr:g} * sqrt({batch} / {recipe.batch})"),
+        "none": (1.0, f"that for {recipe.batch} images, unscaled"),
+    }[scaling]
+    return round(lr * factor, 6), formula
 
 
 def _refuse_long_warmup(stage: str, section: dict[str, Any]) -> None:
@@ -204,6 +245,25 @@ def _batch_size(settings: PretrainSettings, num_images: int) -> Decisions:
         raise InputError(f"pretrain.batch_size = {settings.batch_size} is larger than the {num_images} training images.")
     ranks = distributed.announced_ranks()
     return {"batch_size": (max(2, num_images // 2 // ranks * ranks), f"half of the {num_images} training images")}
+
+
+def _images_a_step(settings: FinetuneSettings, method: type[Method], num_images: int) -> Decisions:
+    """Stage two's batch sizes, where those left out do not fit the data; labelled images may come twice a step, unlabelled ones not."""
+    mu, batch = settings.mu if "unlabelled" in method.views else 1, settings.batch_size
+    given = {"batch_size", "mu"} & settings.model_fields_set
+    if method.views and "unlabelled" not in method.views and "mu" in given:
+        warn(f"finetune.mu = {settings.mu} does nothing: {settings.method['name']} sees no unlabelled image.")
+    if mu * batch <= num_images:
+        return {}
+    if given:
+        times = f" with mu = {mu}, {mu * batch} unlabelled images a step," if mu > 1 else ""
+        raise InputError(
+            f"finetune.batch_size = {batch}{times} is more than the {num_images} training images: choose fewer, or leave both out."
+        )
+    ranks = distributed.announced_ranks()
+    fitting = min(batch, max(2, num_images // mu // ranks * ranks))
+    why = f"of the {num_images} training images, none twice a step"
+    return {"batch_size": (fitting, why), "mu": (max(1, min(settings.mu, num_images // fitting)), why)}
 
 
 def _warn_of_leak(stage: str, section: dict[str, Any]) -> None:

@@ -69,6 +69,7 @@ class BackboneSettings(Settings):
 class OptimizerSettings(Settings):
     name: Literal["auto", "sgd", "adamw", "lars"] = Field("auto", description="auto: the method's own")
     lr: Auto | Positive = Field("auto", description="peak learning rate of this very batch size, not of 256")
+    scaling: Literal["auto", "linear", "sqrt", "none"] = Field("auto", description="of an lr left auto, from the paper's batch to this one")
     weight_decay: Auto | Annotated[float, Field(ge=0)] = Field("auto", description="not applied to biases and norm layers")
     momentum: Auto | Annotated[float, Field(ge=0, lt=1)] = Field("auto", description="of SGD and LARS")
     nesterov: bool | Auto = Field("auto", description="of SGD")

@@ -63,7 +63,7 @@ def variants() -> list[tuple[str, str, dict[str, Any]]]:
             if "teacher" not in fields:
                 found.append((stage, name, easy))
                 continue
-            norms = ["bn", "sync_bn", "eman"] if stage == "finetune" else ["bn", "shuffle_bn", "sync_bn", "eman"]
+            norms = find_method(stage, name).teacher_norms
             found += [
                 (stage, name, easy | {"teacher": {"norm": norm, "groups": 2} if norm == "shuffle_bn" else {"norm": norm}}) for norm in norms
             ]
@@ -91,7 +91,8 @@ def backbone(name: str) -> Backbone:
 
 
 def build(stage: str, name: str, settings: dict[str, Any], architecture: str = "residual") -> Method:
-    facts = Facts(64, CLASSES, SIZE, STEPS, BATCH, ema_momentum=0.9, num_labelled=BATCH, num_unlabelled=2 * BATCH)
+    transformer = backbone(architecture).architecture.fixed_size
+    facts = Facts(64, CLASSES, SIZE, STEPS, BATCH, transformer=transformer, ema_momentum=0.9, num_labelled=BATCH, num_unlabelled=2 * BATCH)
     kind = find_method(stage, name)
     resolved = settings_model(kind)(**settings).model_dump()
     for key, (value, _) in kind.decide(resolved, facts).items():

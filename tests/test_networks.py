@@ -15,6 +15,7 @@ from modicum.checkpoint import Preprocessing, load_backbone, load_classifier, sa
 from modicum.errors import InputError
 from modicum.exchange import initial_backbone
 from modicum.networks import Backbone, Classifier, create_backbone
+from modicum.networks.backbones import choose_architecture
 from modicum.settings import BackboneSettings, Experiment
 
 CASES = [
@@ -51,6 +52,13 @@ def test_small_images_keep_their_resolution_in_the_stem() -> None:
     large = create_backbone(BackboneSettings(name="resnet18"), 3, 224, seed=0).network
     assert small.conv1(images(1, 3, 32)).shape[-1] == 32
     assert large.conv1(images(1, 3, 224)).shape[-1] == 112
+
+
+def test_a_network_that_takes_no_smaller_patches_keeps_its_own() -> None:
+    settings = BackboneSettings(name="mixer_s16_224")
+    assert choose_architecture(settings, 3, 32).arguments == {"img_size": 32}
+    with pytest.raises(InputError, match=r"use backbone\.stem=standard, or a vision transformer"):
+        choose_architecture(BackboneSettings(name="mixer_s16_224", stem="small"), 3, 32)
 
 
 def test_the_seed_alone_draws_the_weights() -> None:

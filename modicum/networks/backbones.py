@@ -72,13 +72,25 @@ def choose_architecture(settings: BackboneSettings, channels: int, image_size: i
     small = settings.stem == "small" or (settings.stem == "auto" and image_size <= SMALL_IMAGE)
     with torch.device("meta"):
         if takes_image_size(name):
-            patch = {"patch_size": max(2, image_size // 8)} if small else {}
-            arguments = {**arguments, "img_size": image_size, **patch}
+            patches = {"img_size": image_size, "patch_size": max(2, image_size // 8)}
+            fits = small and _builds(name, patches)
+            if settings.stem == "small" and not fits:
+                raise InputError(f"backbone.stem = small is not known for {name}; use backbone.stem=standard, or a vision transformer.")
+            arguments = patches if fits else {"img_size": image_size}
         network = timm.create_model(name, in_chans=channels, num_classes=0, **arguments)
     stem: Stem = {}
     if small and "img_size" not in arguments:
         stem = require_small_stem(network, settings.name) if settings.stem == "small" else small_stem(network, settings.name) or {}
     return Architecture(name, channels, image_size, arguments, stem)
+
+
+def _builds(name: str, arguments: dict[str, Any]) -> bool:
+    """Whether timm builds this network with these arguments; nothing but trying tells which of its families take smaller patches."""
+    try:
+        timm.create_model(name, num_classes=0, **arguments)
+    except (TypeError, AssertionError, ZeroDivisionError):
+        return False
+    return True
 
 
 def view_step(architecture: Architecture) -> int | None:

@@ -9,5 +9,5 @@ from modicum.pretrain.methods.simclr import SimCLR
 class SimCLRV2(SimCLR):
     """The same contrast as version 1; the third layer of the head leaves the backbone's features less bent to it."""
 
-    recipe: ClassVar = Recipe("lars", lr=0.4, weight_decay=1e-4, warmup=0.05)
+    recipe: ClassVar = Recipe("lars", lr=6.4, batch=4096, scaling="sqrt", weight_decay=1e-4, warmup=0.05)  # 0.1 sqrt(B)
     defaults: ClassVar = {"temperature": 0.1, "head_layers": 3}
