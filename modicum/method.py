@@ -17,7 +17,7 @@ from modicum.config import did_you_mean
 from modicum.errors import InputError
 from modicum.networks.norms import synchronise
 from modicum.networks.stems import SMALL_IMAGE
-from modicum.optim import Pace
+from modicum.optim import Pace, Recipe
 from modicum.randomness import seeded
 from modicum.settings import AUTO, Auto
 
@@ -68,21 +68,6 @@ class Loss:
     parts: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A paper's optimizer; `lr` is stated for `batch` images a step and scaled to others."""
-
-    name: str
-    lr: float
-    weight_decay: float
-    batch: int = 256
-    scaling: str = "linear"  # linear | sqrt
-    sqrt_lr: float | None = None  # for `batch` images, where the paper has another one to be scaled by the square root
-    nesterov: bool = False
-    schedule: str = "cosine"
-    warmup: float = 0.0  # share of the run
-
-
 class Method(nn.Module):
     """Base of every method of both stages.
 
@@ -93,6 +78,7 @@ class Method(nn.Module):
     views: ClassVar[dict[str, tuple[str, ...]]]  # stream -> the policy of each of its views
     fewest_views: ClassVar[int | None] = None  # unlabelled views that a config must name, and may add to; none: exactly those above
     target_views: ClassVar[dict[str, tuple[int, ...]]] = {}  # stream -> numbers of the views that only serve as targets, without gradient
+    projector: ClassVar[str | None] = None  # path of the projector, where stage two may keep its first layer
     one_size: ClassVar[bool] = False  # whether all views pass the network together
     teacher_norms: ClassVar[tuple[str, ...]] = ("bn", "shuffle_bn", "sync_bn", "eman")  # those that the method has a use for
     recipe: ClassVar[Recipe]

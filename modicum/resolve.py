@@ -10,13 +10,13 @@ from modicum import distributed
 from modicum.config import validate
 from modicum.data.images import Images
 from modicum.errors import InputError
-from modicum.method import Decisions, Facts, Method, Recipe, decide_momentum, find_method, settings_model
+from modicum.method import Decisions, Facts, Method, decide_momentum, find_method, settings_model
 from modicum.networks.backbones import Architecture, choose_architecture, view_step
+from modicum.optim import decide_optimizer
 from modicum.record import warn
 from modicum.settings import AUTO, DataSettings, Experiment, FinetuneSettings, PretrainSettings
 from modicum.views.policies import build_policy
 
-HAVE_MOMENTUM = {"sgd", "lars"}  # AdamW's averages go by other names
 MONITOR_READINGS = 20  # of the online kNN monitor over a run
 
 
@@ -57,6 +57,7 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
         if stage == "pretrain":
             decide("pretrain.", _batch_size(experiment.pretrain, len(images.rows("train"))))
         else:
+            _refuse_projector(settings["pretrain"]["method"], experiment.finetune)
             decide("finetune.", _images_a_step(experiment.finetune, method, len(images.rows("train"))))
             decide("finetune.", _only_auto(section, {"ema_momentum": decide_momentum(0.999, section["steps"], share=0.1)}))
         batch, ranks = section["batch_size"], distributed.announced_ranks()
@@ -66,7 +67,8 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
         decide(f"{stage}.method.", method.decide(section["method"], facts))
         _warn_of_leak(stage, section)
         recipe = (facts.transformer and method.transformer_recipe) or method.recipe
-        decide(f"{stage}.optimizer.", _optimizer(section["optimizer"], recipe, name, batch, f"{stage}.optimizer"))
+        chosen = decide_optimizer(section["optimizer"], recipe, name, batch, f"{stage}.optimizer")
+        decide(f"{stage}.optimizer.", _only_auto(section["optimizer"], chosen))
         views = method.views.get("unlabelled") or method.views.get("labelled") or ("weak",)  # that of the baselines, for want of steps
         policies = [{"name": policy} for policy in views]
         rest: Decisions = {"schedule": (recipe.schedule, f"{name}'s own"), "views": (policies, f"{name}'s own")}
@@ -162,34 +164,6 @@ def _only_auto(section: dict[str, Any], decisions: Decisions) -> Decisions:
     return {key: decision for key, decision in decisions.items() if section[key] == AUTO}
 
 
-def _optimizer(settings: dict[str, Any], recipe: Recipe, method: str, batch: int, prefix: str) -> Decisions:
-    """Raises InputError for an explicit setting that the optimizer would ignore."""
-    own = f"{method}'s own"
-    chosen = recipe.name if settings["name"] == AUTO else settings["name"]
-    momentum = (0.9 if chosen in HAVE_MOMENTUM else 0.0) if settings["momentum"] == AUTO else settings["momentum"]
-    given = settings["lr"] != AUTO
-    scaling = ("none" if given else recipe.scaling) if settings["scaling"] == AUTO else settings["scaling"]
-    lr = _learning_rate(recipe, scaling, batch)
-    if given and scaling != "none" and settings["lr"] != lr[0]:  # equal it is in the settings of a run that has resolved them
-        raise InputError(f"{prefix}.scaling = {scaling} would do nothing, since lr = {settings['lr']:g} is given: leave out one of them.")
-    accelerates = chosen == "sgd" and momentum > 0  # Nesterov's momentum is SGD's, and one of 0 is none
-    for key, heeded in (("momentum", chosen in HAVE_MOMENTUM), ("nesterov", accelerates)):
-        if settings[key] not in (AUTO, 0) and not heeded:
-            without = f"{chosen} with momentum 0" if key == "nesterov" and chosen == "sgd" else chosen
-            raise InputError(f"{prefix}.{key} = {settings[key]} would do nothing, since {without} has none: leave it out.")
-    return _only_auto(
-        settings,
-        {
-            "name": (recipe.name, own),
-            "lr": lr,
-            "scaling": (scaling, "lr is given" if given else own),
-            "weight_decay": (recipe.weight_decay, own),
-            "momentum": (momentum, "the usual" if momentum else f"{chosen} has none"),
-            "nesterov": (recipe.nesterov and accelerates, own if accelerates else f"{chosen} has none"),
-        },
-    )
-
-
 def _refuse_norm(stage: str, method: type[Method], settings: dict[str, Any]) -> None:
     teacher = settings.get("teacher", "none")
     if teacher != "none" and teacher["norm"] not in method.teacher_norms:
@@ -200,16 +174,16 @@ def _refuse_norm(stage: str, method: type[Method], settings: dict[str, Any]) -> 
         )
 
 
-def _learning_rate(recipe: Recipe, scaling: str, batch: int) -> tuple[float, str]:
-    """The recipe's rate for `batch` images a step, and by which formula (linear: arXiv:1706.02677; sqrt: arXiv:1404.5997)."""
-    lr = recipe.sqrt_lr or recipe.lr if scaling == "sqrt" else recipe.lr
-    ratio = batch / recipe.batch
-    factor, formula = {
-        "linear": (ratio, f"linear scaling: {lr:g} * {batch} / {recipe.batch}"),
-        "sqrt": (math.sqrt(ratio), f"square-root scaling: {lr:g} * sqrt({batch} / {recipe.batch})"),
-        "none": (1.0, f"that for {recipe.batch} images, unscaled"),
-    }[scaling]
-    return round(lr * factor, 6), formula
+def _refuse_projector(pretrain: dict[str, Any], settings: FinetuneSettings) -> None:
+    if settings.projector_layers and settings.init == "pretrain":
+        if find_method("pretrain", pretrain["name"]).projector is None:
+            raise InputError(
+                f"finetune.projector_layers = 1 keeps a layer of simclr_v2's projector; pretrain.method is {pretrain['name']}: choose 0."
+            )
+        if pretrain["head_layers"] == 1:
+            raise InputError(
+                "finetune.projector_layers = 1 needs pretrain.method.head_layers = 2 or more: a single layer is all left behind."
+            )
 
 
 def _refuse_long_warmup(stage: str, section: dict[str, Any]) -> None:

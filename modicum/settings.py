@@ -123,6 +123,7 @@ class FinetuneSettings(Settings):
     views: Views = Field("auto", description="policies of the unlabelled views, weak first")
     labelled_views: Views = Field("auto", description="policies of the labelled views, of baselines too; auto: the first of views")
     init: str = Field("pretrain", description="pretrain (this run's stage one), random, or a backbone folder or file")
+    projector_layers: Literal[0, 1] = Field(0, description="layers of simclr_v2's projector that stay under the classifier")
     warm_start: Literal["none", "propagate"] = Field(
         "none", description="the head before the first step: random, or fitted to labels propagated over the backbone's features"
     )

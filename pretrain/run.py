@@ -2,6 +2,8 @@
 
 import math
 
+from torch import nn
+
 from modicum.checkpoint import Preprocessing, save_backbone
 from modicum.data.stream import Stream
 from modicum.exchange import initial_backbone
@@ -49,4 +51,6 @@ def run(session: Session) -> None:
         monitors=[Monitor(every, lambda: monitor.read(backbone))] if monitor.possible else [],
     ).run()
     if is_rank_zero():
-        save_backbone(folder / "backbone", backbone, Preprocessing.of(experiment.data))
+        projector = method.get_submodule(method.projector) if method.projector else None
+        assert projector is None or isinstance(projector, nn.Sequential)
+        save_backbone(folder / "backbone", backbone, Preprocessing.of(experiment.data), projector)

@@ -175,6 +175,8 @@ def test_crops_that_the_network_does_not_take_are_refused(backbone: str, sentenc
         ("finetune.method={name: mean_teacher, teacher: none}", "finetune.method.teacher = 'none' is not possible"),
         ("finetune.method.threshold=0", "threshold = 0 is not possible"),
         ("backbone={name: mixer_s16_224, stem: small}", "backbone.stem = small is not known for mixer_s16_224"),
+        ("finetune.projector_layers=1", "projector_layers = 1 keeps a layer of simclr_v2's projector; pretrain.method is moco_v2"),
+        ("finetune.projector_layers=2", "finetune.projector_layers = 2 is not possible"),
         ("pretrain.optimizer.scaling=sqrt", "scaling = sqrt would do nothing, since lr = 0.002 is given"),
         ("finetune.method={name: fixmatch, weak_in_batch: true, teacher: {norm: eman}}", "weak_in_batch"),
         ("finetune.method.threshold=1.5", "threshold = 1.5 is not possible"),

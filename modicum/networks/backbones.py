@@ -1,7 +1,7 @@
 """Any of timm's architectures by name, and two small residual networks made for the examples on a CPU."""
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import timm
@@ -30,6 +30,7 @@ class Architecture:
     image_size: int
     arguments: dict[str, Any] = field(default_factory=dict)
     stem: Stem = field(default_factory=dict)
+    projector: int = 0  # width of the projector's first layer, where it stays behind the features; 0: it does not
 
     @property
     def fixed_size(self) -> bool:
@@ -40,6 +41,12 @@ class Architecture:
         """timm's network: an nn.Module with attributes of timm's own, which nn.Module does not declare."""
         network = timm.create_model(self.name, in_chans=self.channels, num_classes=num_classes, **self.arguments)
         apply_stem(network, self.stem)
+        if self.projector:
+            parent, _, name = classifier_path(network).rpartition(".")
+            layers = kept_layer(num_features(network), self.projector)
+            if num_classes:
+                layers.append(nn.Linear(self.projector, num_classes))
+            setattr(network.get_submodule(parent), name, layers)
         return network
 
 
@@ -50,10 +57,25 @@ class Backbone(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.network = architecture.build()
-        self.num_features: int = getattr(self.network, "head_hidden_size", self.network.num_features)
+        self.num_features: int = architecture.projector or num_features(self.network)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
+
+
+def num_features(network: Any) -> int:
+    """What timm's network gives to its classifier."""
+    return getattr(network, "head_hidden_size", network.num_features)
+
+
+def classifier_path(network: Any) -> str:
+    """Where timm's network keeps its classifier, for example `fc`."""
+    return next(name for name, module in network.named_modules() if module is network.get_classifier())
+
+
+def kept_layer(num_inputs: int, width: int) -> nn.Sequential:
+    """The first layer of a projector (`heads.mlp`) that fine-tuning keeps (Chen 2020, arXiv:2006.10029, section 2)."""
+    return nn.Sequential(nn.Linear(num_inputs, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True))
 
 
 def create_backbone(settings: BackboneSettings, channels: int, image_size: int, seed: int) -> Backbone:
@@ -61,6 +83,13 @@ def create_backbone(settings: BackboneSettings, channels: int, image_size: int, 
     architecture = choose_architecture(settings, channels, image_size)
     with seeded(seed, "backbone"):
         return Backbone(architecture)
+
+
+def keep_projector(backbone: Backbone, layer: nn.Sequential) -> Backbone:
+    """The backbone with the first layer of a projector, linear, norm and ReLU, behind its features."""
+    kept = Backbone(replace(backbone.architecture, projector=layer[0].out_features))
+    kept.network.load_state_dict(backbone.network.state_dict() | layer.state_dict(prefix=f"{classifier_path(kept.network)}."))
+    return kept
 
 
 def choose_architecture(settings: BackboneSettings, channels: int, image_size: int) -> Architecture:
