@@ -15,7 +15,7 @@ setup(
     package_dir={"modicum": "modicum", **{f"modicum.{stage}": stage for stage in STAGES}},
     package_data={
         "modicum": ["py.typed"],
-        "modicum.configs": ["*.yaml"],
+        "modicum.configs": ["*.yaml", "recipes/*.yaml"],
         "modicum.evaluate.report": ["*.jinja", "*.css"],
         "modicum.pipelines": ["*.sh", "*.sbatch"],
     },

@@ -44,7 +44,7 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
                 section[last] = value
                 reasons.append(Reason(f"{prefix}{key}", value, why))
 
-    decide("data.", _only_auto(settings["data"], _data(images)))
+    decide("data.", _only_auto(settings["data"], _data(images, experiment.data)))
     architecture = choose_architecture(experiment.backbone, images.channels, images.image_size)
     for stage in ("pretrain", "finetune"):
         section = settings[stage]
@@ -193,8 +193,8 @@ def _refuse_long_warmup(stage: str, section: dict[str, Any]) -> None:
         raise InputError(f"{stage}.warmup_{unit} = {warmup:g} is longer than the run of {whole:g} {unit}: choose {whole:g} or less.")
 
 
-def _data(images: Images) -> Decisions:
-    mean, std = pixel_statistics(images)
+def _data(images: Images, settings: DataSettings) -> Decisions:
+    mean, std = pixel_statistics(images) if AUTO in (settings.mean, settings.std) else (settings.mean, settings.std)
     return {
         "image_size": (images.image_size, "the data set's"),
         "channels": (images.channels, "the data set's"),
