@@ -15,7 +15,8 @@ setup(
     package_dir={"modicum": "modicum", **{f"modicum.{stage}": stage for stage in STAGES}},
     package_data={
         "modicum": ["py.typed"],
-        "modicum.configs": ["*.yaml", "recipes/*.yaml"],
+        "modicum.configs": ["*.yaml"],
+        "modicum.configs.recipes": ["*.yaml"],
         "modicum.evaluate.report": ["*.jinja", "*.css"],
         "modicum.pipelines": ["*.sh", "*.sbatch"],
     },

@@ -78,7 +78,7 @@ class Method(nn.Module):
     views: ClassVar[dict[str, tuple[str, ...]]]  # stream -> the policy of each of its views
     fewest_views: ClassVar[int | None] = None  # unlabelled views that a config must name, and may add to; none: exactly those above
     target_views: ClassVar[dict[str, tuple[int, ...]]] = {}  # stream -> numbers of the views that only serve as targets, without gradient
-    projector: ClassVar[str | None] = None  # path of the projector, where stage two may keep its first layer
+    projector_path: ClassVar[str | None] = None  # of the projector, where stage two may keep its first layer
     one_size: ClassVar[bool] = False  # whether all views pass the network together
     teacher_norms: ClassVar[tuple[str, ...]] = ("bn", "shuffle_bn", "sync_bn", "eman")  # those that the method has a use for
     recipe: ClassVar[Recipe]

@@ -10,6 +10,7 @@ from modicum import distributed
 from modicum.config import validate
 from modicum.data.images import Images
 from modicum.errors import InputError
+from modicum.exchange import initial_backbone
 from modicum.method import Decisions, Facts, Method, decide_momentum, find_method, settings_model
 from modicum.networks.backbones import Architecture, choose_architecture, view_step
 from modicum.optim import decide_optimizer
@@ -87,7 +88,11 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             decide("finetune.", _views(stage, section, "labelled_views", own, name, data))
         used = [*section["views"], *section.get("labelled_views", ())]
         _fit_views(stage, used, data, architecture, experiment.backbone.name, name if method.one_size else None)
-    return Experiment.model_validate(settings), reasons
+    resolved = Experiment.model_validate(settings)
+    for init, projector_layers in ((resolved.pretrain.init, 0), (resolved.finetune.init, resolved.finetune.projector_layers)):
+        if init not in (None, "pretrain", "random"):
+            initial_backbone(init, resolved, projector_layers)  # one that does not fit is refused before anything is made
+    return resolved, reasons
 
 
 def _views(
@@ -176,7 +181,7 @@ def _refuse_norm(stage: str, method: type[Method], settings: dict[str, Any]) -> 
 
 def _refuse_projector(pretrain: dict[str, Any], settings: FinetuneSettings) -> None:
     if settings.projector_layers and settings.init == "pretrain":
-        if find_method("pretrain", pretrain["name"]).projector is None:
+        if find_method("pretrain", pretrain["name"]).projector_path is None:
             raise InputError(
                 f"finetune.projector_layers = 1 keeps a layer of simclr_v2's projector; pretrain.method is {pretrain['name']}: choose 0."
             )

@@ -51,6 +51,6 @@ def run(session: Session) -> None:
         monitors=[Monitor(every, lambda: monitor.read(backbone))] if monitor.possible else [],
     ).run()
     if is_rank_zero():
-        projector = method.get_submodule(method.projector) if method.projector else None
+        projector = method.get_submodule(method.projector_path) if method.projector_path else None
         assert projector is None or isinstance(projector, nn.Sequential)
         save_backbone(folder / "backbone", backbone, Preprocessing.of(experiment.data), projector)

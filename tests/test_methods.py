@@ -265,6 +265,17 @@ def test_a_variant_of_a_method_has_its_own_defaults_and_a_config_beats_them() ->
     assert [len(build("pretrain", name, {}).student[1]) for name in ("moco_v1", "moco_v2")] == [1, 3]  # a linear head; two layers and ReLU
 
 
+def test_a_symmetric_moco_is_both_directions_at_once() -> None:
+    settings = {"queue_size": 40, "teacher": {"norm": "eman"}}
+    both, one = (build("pretrain", "moco_v2", {**settings, "symmetric": symmetric}) for symmetric in (True, False))
+    batch = batch_for(one)
+    total, forth = both(batch).total, one(batch).total
+    batch["unlabelled"].views.reverse()
+    torch.testing.assert_close(total, forth + one(batch).total)
+    both.after_step(Progress(1, STEPS))
+    assert both.queue.pointer == 2 * 2 * BATCH - 40  # the keys of both views: 64, once round the ring
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_moco_v3_keeps_a_transformers_patch_projection_as_drawn(frozen: bool) -> None:
     method = build("pretrain", "moco_v3", {"hidden_size": 32, "frozen_patches": frozen}, "vit_tiny_patch16_224")

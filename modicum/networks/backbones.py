@@ -87,7 +87,7 @@ def create_backbone(settings: BackboneSettings, channels: int, image_size: int, 
 
 def keep_projector(backbone: Backbone, layer: nn.Sequential) -> Backbone:
     """The backbone with the first layer of a projector, linear, norm and ReLU, behind its features."""
-    kept = Backbone(replace(backbone.architecture, projector=layer[0].out_features))
+    kept = Backbone(replace(backbone.architecture, projector=len(layer.state_dict()["0.weight"])))
     kept.network.load_state_dict(backbone.network.state_dict() | layer.state_dict(prefix=f"{classifier_path(kept.network)}."))
     return kept
 
