@@ -228,9 +228,11 @@ def _batch_size(settings: PretrainSettings, num_images: int) -> Decisions:
 
 def _images_a_step(settings: FinetuneSettings, method: type[Method], num_images: int) -> Decisions:
     """Stage two's batch sizes, where those left out do not fit the data; labelled images may come twice a step, unlabelled ones not."""
+    if not method.views:  # it takes no step
+        return {}
     mu, batch = settings.mu if "unlabelled" in method.views else 1, settings.batch_size
     given = {"batch_size", "mu"} & settings.model_fields_set
-    if method.views and "unlabelled" not in method.views and "mu" in given:
+    if "unlabelled" not in method.views and "mu" in given:
         warn(f"finetune.mu = {settings.mu} does nothing: {settings.method['name']} sees no unlabelled image.")
     if mu * batch <= num_images:
         return {}

@@ -24,6 +24,7 @@ from modicum.settings import Experiment
 from modicum.views.policies import build_policy
 
 CHECKOUT = Path(modicum.__file__).parent.parent
+TEMPERATURES = {"moco_v1": 0.07, "moco_v2": 0.2, "moco_v3": 1.0, "simclr": 0.1, "swav": 0.1}
 RECIPES = [name for name in shipped_configs() if name.startswith(("imagenet_", "cifar10"))]
 
 
@@ -69,6 +70,7 @@ def test_a_recipe_resolves_to_the_papers_numbers(
     recipe: str, optimizer: str, lr: float, decay: float, momentum: float | None, queue: int | None, steps: int
 ) -> None:
     settings = resolved(recipe).pretrain
+    assert settings.method.get("temperature") == TEMPERATURES.get(settings.method["name"]) or recipe == "cifar10"
     found = settings.optimizer
     assert (found.name, found.lr, found.weight_decay) == (optimizer, pytest.approx(lr), decay)
     assert settings.method.get("teacher", {}).get("momentum") == momentum

@@ -81,6 +81,11 @@ def test_what_is_ignored_for_the_sake_of_a_comparison_is_warned_of(digits: Image
     assert "finetune.mu = 12 does nothing: supervised sees no unlabelled image" in capsys.readouterr().err
 
 
+def test_simclrs_temperature_is_that_of_small_images_or_of_large_ones(digits: Images) -> None:
+    assert resolved(digits, "pretrain.method=simclr")[0].pretrain.method["temperature"] == 0.5
+    assert resolved(digits, "pretrain.method=simclr_v2")[0].pretrain.method["temperature"] == 0.1
+
+
 def test_a_transformer_has_the_papers_settings_for_transformers(digits: Images) -> None:
     convolutional, _ = resolved(digits, "pretrain={method: moco_v3}")
     transformer, reasons = resolved(digits, "pretrain={method: moco_v3}", "backbone.name=vit_tiny_patch16_224")
