@@ -16,6 +16,7 @@ setup(
     package_data={
         "modicum": ["py.typed"],
         "modicum.configs": ["*.yaml"],
+        "modicum.configs.recipes": ["*.yaml"],
         "modicum.evaluate.report": ["*.jinja", "*.css"],
         "modicum.pipelines": ["*.sh", "*.sbatch"],
     },

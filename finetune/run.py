@@ -122,7 +122,7 @@ def train(session: Session, variant: Variant) -> None:
         num_labelled=len(variant.labelled),
         num_unlabelled=len(variant.unlabelled),
     )
-    backbone = initial_backbone(variant.init, experiment)
+    backbone = initial_backbone(variant.init, experiment, settings.projector_layers)
     method = find_method("finetune", variant.method["name"]).from_settings(backbone, facts, experiment.seed, variant.method)
     assert isinstance(method, SemiSupervised)
     monitors = validation_monitors(session, method)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from modicum import distributed
 from modicum.data.stream import Batch, Sample
-from modicum.errors import InputError
 from modicum.method import Decisions, Facts, Method, Progress, Recipe, decide_momentum
 from modicum.networks import Backbone, Classifier
 from modicum.settings import AUTO, TeacherSettings
@@ -30,6 +29,8 @@ class Guesses:
 class SemiSupervised(Method):
     """Base of the methods of stage two. The average is what is evaluated; it is also the teacher, where a method has one."""
 
+    one_size: ClassVar = True
+    teacher_norms: ClassVar = ("bn", "sync_bn", "eman")
     recipe: ClassVar = Recipe("sgd", lr=0.03, weight_decay=5e-4, batch=64, nesterov=True, schedule="cosine_7_16")
     student: Classifier
     guesses: Guesses | None = None
@@ -74,12 +75,6 @@ class SemiSupervised(Method):
 
     @classmethod
     def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
-        teacher = settings.get("teacher", "none")
-        if teacher != "none" and teacher["norm"] == "shuffle_bn":
-            raise InputError(
-                "finetune.method.teacher.norm = shuffle_bn has no use in stage two, which compares no query with its key; "
-                "choose bn, sync_bn or eman."
-            )
         decisions = super().decide(settings, facts)
         if settings.get("momentum") == AUTO:  # of what a method keeps count of: confidence, classes
             decisions["momentum"] = decide_momentum(0.999, facts.steps, share=0.1)

@@ -2,21 +2,23 @@
 
 import io
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
 from torch import Tensor, nn
 
 from modicum import __version__
 from modicum.errors import InputError
 from modicum.files import write_atomically
 from modicum.networks import Architecture, Backbone, Classifier
+from modicum.networks.backbones import classifier_path, kept_layer, num_features
 from modicum.settings import DataSettings
 
 WEIGHTS = "model.safetensors"
+PROJECTOR = "projector.safetensors"  # beside the backbone's, so that timm reads those as ever
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,25 @@ def load_state(path: Path) -> dict[str, Any]:
         raise InputError(f"The state {path} cannot be read ({error}); delete it to start this stage anew.") from None
 
 
-def save_backbone(folder: Path, backbone: Backbone, preprocessing: Preprocessing) -> None:
-    """Writes `backbone/` in timm's local-directory format, with a README that says how to load it anywhere."""
+def save_backbone(folder: Path, backbone: Backbone, preprocessing: Preprocessing, projector: nn.Sequential | None = None) -> None:
+    """Writes `backbone/` in timm's local-directory format, with a README that says how to load it anywhere.
+
+    The first layer of a `projector` of several goes into a file of its own, for a stage two that keeps it.
+    """
     _save_network(folder, backbone.architecture, backbone.network.state_dict(), preprocessing, ())
+    if projector is not None and len(projector) > 1:
+        _save_weights(folder / PROJECTOR, projector[:3].state_dict())
+
+
+def load_projector(folder: Path) -> nn.Sequential:
+    """The first layer of the projector that `save_backbone` wrote beside the backbone. Raises InputError."""
+    if not (folder / PROJECTOR).is_file():
+        raise InputError(f"{folder} has no {PROJECTOR}, so finetune.projector_layers must be 0: pretrain.method simclr_v2 writes one.")
+    state = load_file(folder / PROJECTOR)
+    width, num_inputs = state["0.weight"].shape
+    layer = kept_layer(num_inputs, width)
+    fill(layer, state, folder / PROJECTOR)
+    return layer
 
 
 def save_classifier(folder: Path, classifier: Classifier, preprocessing: Preprocessing, class_names: tuple[str, ...]) -> None:
@@ -109,7 +127,7 @@ def classifier_layer(architecture: Architecture, num_classes: int) -> str:
     """The path of the final linear layer in timm's network of this architecture, for example `fc`."""
     with torch.device("meta"):
         network = architecture.build(num_classes)
-    return next(name for name, module in network.named_modules() if module is network.get_classifier())
+    return classifier_path(network) + (f".{len(network.get_classifier()) - 1}" if architecture.projector else "")
 
 
 def _save_network(
@@ -122,7 +140,7 @@ def _save_network(
     config = {
         "architecture": architecture.name,
         "num_classes": num_classes,
-        "num_features": network.num_features,
+        "num_features": architecture.projector or network.num_features,
         "model_args": {**architecture.arguments, "in_chans": architecture.channels},
         "pretrained_cfg": {
             "input_size": [preprocessing.channels, preprocessing.image_size, preprocessing.image_size],
@@ -140,14 +158,18 @@ def _save_network(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "README.md", _readme(architecture, num_classes, preprocessing))
     write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    write_atomically(folder / WEIGHTS, save({name: value.detach().cpu().contiguous() for name, value in state.items()}, {"format": "pt"}))
+    _save_weights(folder / WEIGHTS, state)
+
+
+def _save_weights(path: Path, state: dict[str, Tensor]) -> None:
+    write_atomically(path, save({name: value.detach().cpu().contiguous() for name, value in state.items()}, {"format": "pt"}))
 
 
 def _readme(architecture: Architecture, num_classes: int, preprocessing: Preprocessing) -> str:
     arguments = {"in_chans": architecture.channels, "num_classes": num_classes, **architecture.arguments}
     lines = [
         "import timm",
-        *(["import torch"] if architecture.stem else []),
+        *(["import torch"] if architecture.stem or architecture.projector else []),
         "from safetensors.torch import load_file",
         "",
         f"network = timm.create_model({architecture.name!r}, {', '.join(f'{key}={value!r}' for key, value in arguments.items())})",
@@ -155,10 +177,16 @@ def _readme(architecture: Architecture, num_classes: int, preprocessing: Preproc
     for path, layer in architecture.stem.items():
         built = "Identity()" if layer is None else f"Conv2d({', '.join(f'{key}={value!r}' for key, value in layer.items())})"
         lines.append(f"network.{path.replace('.0', '[0]')} = torch.nn.{built}")
+    if width := architecture.projector:
+        with torch.device("meta"):
+            network = replace(architecture, projector=0).build()
+        layers = [f"Linear({num_features(network)}, {width}, bias=False)", f"BatchNorm1d({width})", "ReLU()"]
+        layers += [f"Linear({width}, {num_classes})"] if num_classes else []
+        lines.append(f"network.{classifier_path(network)} = torch.nn.Sequential({', '.join(f'torch.nn.{layer}' for layer in layers)})")
     lines += [f'network.load_state_dict(load_file("{WEIGHTS}"))', "network.eval()"]
     short = (
-        "timm's own small images need a changed stem, so `local-dir:` alone does not do here; the lines above do."
-        if architecture.stem
+        "Layers differ from timm's own (a small stem, or a projector's layer), so `local-dir:` alone does not do here; the lines above do."
+        if architecture.stem or architecture.projector
         else 'Or in one line: `timm.create_model("local-dir:PATH/TO/THIS/FOLDER", pretrained=True)`.'
     )
     what = f"the {num_classes} class scores (names in `config.json`, `label_names`)" if num_classes else "the features"

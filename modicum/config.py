@@ -6,6 +6,7 @@ Nothing heavy is imported: a finished run must be able to say so at once.
 import difflib
 from collections.abc import Iterable
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,14 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def shipped_configs() -> list[str]:
-    return sorted(entry.name.removesuffix(".yaml") for entry in files("modicum.configs").iterdir() if entry.name.endswith(".yaml"))
+    return sorted(_shipped())
+
+
+def _shipped() -> dict[str, Traversable]:
+    """By name; recipes lie in a folder of their own."""
+    root = files("modicum.configs")
+    entries = (entry for folder in (root, root / "recipes") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return {entry.name.removesuffix(".yaml"): entry for entry in entries}
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,7 +55,7 @@ def read_config(config: str) -> dict[str, Any]:
         except UnicodeDecodeError:
             raise InputError(f"{path} is not a text file in UTF-8, so it is no config.") from None
     elif config in shipped_configs():
-        text = (files("modicum.configs") / f"{config}.yaml").read_text(encoding="utf-8")
+        text = _shipped()[config].read_text(encoding="utf-8")
     else:
         raise InputError(f"Unknown config {config!r}{did_you_mean(config, shipped_configs())} The path of a YAML file does as well.")
     try:

@@ -1,43 +1,56 @@
 """Backbones from other formats: weights that start a stage, from our own folders, safetensors files and foreign checkpoints."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modicum.checkpoint import Preprocessing, fill, load_backbone, load_classifier, load_state
+from modicum.checkpoint import Preprocessing, fill, load_backbone, load_classifier, load_projector, load_state
 from modicum.errors import InputError
 from modicum.networks import Backbone, create_backbone
+from modicum.networks.backbones import keep_projector, kept_layer
+from modicum.randomness import seeded
 from modicum.settings import DataSettings, Experiment
 
 CONTAINERS = ("state_dict", "model", "model_state_dict", "teacher", "student")  # where checkpoints keep the weights
 
 
-def initial_backbone(init: str | None, experiment: Experiment) -> Backbone:
+def initial_backbone(init: str | None, experiment: Experiment, projector_layers: int = 0) -> Backbone:
     """The experiment's backbone with the weights of `init`, or random ones drawn from the seed where it is None.
 
     `init` is a backbone folder, a safetensors file or a torch checkpoint of any project, whose entries may carry a prefix such
     as `module.encoder_q.`. Every weight of the backbone is found, or InputError says what the file holds instead.
+    With `projector_layers` 1 the first layer of the projector that lies beside a folder's backbone stays behind its features.
     """
     backbone = create_backbone(experiment.backbone, int(experiment.data.channels), int(experiment.data.image_size), experiment.seed)
     if init is None:
-        return backbone
+        return _with_random_projector(backbone, experiment.seed) if projector_layers else backbone
     path = Path(init)
     if path.is_dir():
         given, _ = load_backbone(path)
-        if given.architecture != backbone.architecture:
+        if projector_layers and not given.architecture.projector:
+            given = keep_projector(given, load_projector(path))
+        expected = replace(backbone.architecture, projector=given.architecture.projector if projector_layers else 0)
+        if given.architecture != expected:
             differences = [
                 f"{name} {getattr(given.architecture, name)!r} for {value!r}"
-                for name, value in vars(backbone.architecture).items()
+                for name, value in vars(expected).items()
                 if getattr(given.architecture, name) != value
             ]
             raise InputError(f"The backbone in {path} does not fit the config: it has {'; '.join(differences)}.")
         return given
+    if projector_layers:
+        raise InputError(f"finetune.projector_layers = 1 needs a backbone folder that simclr_v2 wrote; {path} is a file: choose 0.")
     fill(backbone.network, _backbone_part(_read_weights(path), backbone.network.state_dict(), path), path)
     return backbone
+
+
+def _with_random_projector(backbone: Backbone, seed: int) -> Backbone:
+    with seeded(seed, "projector"):
+        return keep_projector(backbone, kept_layer(backbone.num_features, backbone.num_features))
 
 
 def refuse_unfit_teacher(key: str, folder: str, data: DataSettings, class_names: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from modicum.config import did_you_mean
 from modicum.errors import InputError
 from modicum.networks.norms import synchronise
 from modicum.networks.stems import SMALL_IMAGE
-from modicum.optim import Pace
+from modicum.optim import Pace, Recipe
 from modicum.randomness import seeded
 from modicum.settings import AUTO, Auto
 
@@ -68,19 +68,6 @@ class Loss:
     parts: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A paper's optimizer; `lr` is stated for `batch` images a step and scaled linearly to others."""
-
-    name: str
-    lr: float
-    weight_decay: float
-    batch: int = 256
-    nesterov: bool = False
-    schedule: str = "cosine"
-    warmup: float = 0.0  # share of the run
-
-
 class Method(nn.Module):
     """Base of every method of both stages.
 
@@ -91,6 +78,9 @@ class Method(nn.Module):
     views: ClassVar[dict[str, tuple[str, ...]]]  # stream -> the policy of each of its views
     fewest_views: ClassVar[int | None] = None  # unlabelled views that a config must name, and may add to; none: exactly those above
     target_views: ClassVar[dict[str, tuple[int, ...]]] = {}  # stream -> numbers of the views that only serve as targets, without gradient
+    projector_path: ClassVar[str | None] = None  # of the projector, where stage two may keep its first layer
+    one_size: ClassVar[bool] = False  # whether all views pass the network together
+    teacher_norms: ClassVar[tuple[str, ...]] = ("bn", "shuffle_bn", "sync_bn", "eman")  # those that the method has a use for
     recipe: ClassVar[Recipe]
     transformer_recipe: ClassVar[Recipe | None] = None  # where the paper has another one for them
     # Of a variant of another method: its own values, where those in the signature differ.
@@ -151,6 +141,11 @@ def decide_teacher(teacher: Any, facts: Facts, momentum: float = 0.999, share: f
     if teacher["momentum"] == AUTO:
         decisions["teacher.momentum"] = decide_momentum(momentum, facts.steps, share)
     if teacher["norm"] != "shuffle_bn":
+        if teacher["groups"] != AUTO:
+            raise InputError(
+                f"teacher.groups = {teacher['groups']} would do nothing, since the groups are those of shuffle_bn and teacher.norm is "
+                f"{teacher['norm']}: leave it out, or choose norm: shuffle_bn."
+            )
         return decisions
     if facts.norm == "sync_bn":
         raise InputError(
@@ -170,7 +165,10 @@ def decide_teacher(teacher: Any, facts: Facts, momentum: float = 0.999, share: f
     if groups % ranks:
         raise InputError(f"teacher.groups = {groups} cannot be dealt evenly to {ranks} ranks: choose a multiple of {ranks}.")
     if facts.batch_size % groups or facts.batch_size // groups < 2:
-        raise InputError(f"teacher.groups = {groups} does not divide batch_size = {facts.batch_size} into groups of at least 2 images.")
+        raise InputError(
+            f"teacher.groups = {groups} does not divide batch_size = {facts.batch_size} into groups of at least 2 "
+            f"images: choose batch_size as a multiple of {groups}, from {2 * groups} on, or norm: eman."
+        )
     return decisions
 
 

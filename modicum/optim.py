@@ -9,9 +9,12 @@ import torch
 from timm.optim import Lars
 from torch import nn
 
-from modicum.settings import OptimizerSettings
+from modicum.errors import InputError
+from modicum.settings import AUTO, OptimizerSettings
 
 Schedule = Callable[[float], float]  # progress in 0..1 -> share of the peak learning rate
+
+HAVE_MOMENTUM = {"sgd", "lars"}  # AdamW's averages go by other names
 
 SCHEDULES: dict[str, Schedule] = {
     "constant": lambda progress: 1.0,
@@ -19,6 +22,61 @@ SCHEDULES: dict[str, Schedule] = {
     "cosine_7_16": lambda progress: math.cos(7 * math.pi * progress / 16),  # FixMatch (arXiv:2001.07685), section 2.3
     "step": lambda progress: 0.1 ** sum(progress >= milestone for milestone in (0.6, 0.8)),  # MoCo (arXiv:1911.05722)
 }
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A paper's optimizer; `lr` is stated for `batch` images a step and scaled to others."""
+
+    name: str
+    lr: float
+    weight_decay: float
+    batch: int = 256
+    scaling: str = "linear"  # linear | sqrt
+    sqrt_lr: float | None = None  # for `batch` images, where the paper has another one to be scaled by the square root
+    nesterov: bool = False
+    schedule: str = "cosine"
+    warmup: float = 0.0  # share of the run
+
+
+def decide_optimizer(settings: Mapping[str, Any], recipe: Recipe, method: str, batch: int, prefix: str) -> dict[str, tuple[Any, str]]:
+    """What a section's settings are where they are left `auto`, each with its reason, for `batch` images a step.
+
+    Raises InputError for an explicit setting that the optimizer would ignore.
+    """
+    own = f"{method}'s own"
+    chosen = recipe.name if settings["name"] == AUTO else settings["name"]
+    momentum = (0.9 if chosen in HAVE_MOMENTUM else 0.0) if settings["momentum"] == AUTO else settings["momentum"]
+    given = settings["lr"] != AUTO
+    scaling = ("none" if given else recipe.scaling) if settings["scaling"] == AUTO else settings["scaling"]
+    lr = _learning_rate(recipe, scaling, batch)
+    if given and scaling != "none" and settings["lr"] != lr[0]:  # equal it is in the settings of a run that has resolved them
+        raise InputError(f"{prefix}.scaling = {scaling} would do nothing, since lr = {settings['lr']:g} is given: leave out one of them.")
+    accelerates = chosen == "sgd" and momentum > 0  # Nesterov's momentum is SGD's, and one of 0 is none
+    for key, heeded in (("momentum", chosen in HAVE_MOMENTUM), ("nesterov", accelerates)):
+        if settings[key] not in (AUTO, 0) and not heeded:
+            without = f"{chosen} with momentum 0" if key == "nesterov" and chosen == "sgd" else chosen
+            raise InputError(f"{prefix}.{key} = {settings[key]} would do nothing, since {without} has none: leave it out.")
+    return {
+        "name": (recipe.name, own),
+        "lr": lr,
+        "scaling": (scaling, "lr is given" if given else own),
+        "weight_decay": (recipe.weight_decay, own),
+        "momentum": (momentum, "the usual" if momentum else f"{chosen} has none"),
+        "nesterov": (recipe.nesterov and accelerates, own if accelerates else f"{chosen} has none"),
+    }
+
+
+def _learning_rate(recipe: Recipe, scaling: str, batch: int) -> tuple[float, str]:
+    """The recipe's rate for `batch` images a step, and by which formula (linear: arXiv:1706.02677; sqrt: arXiv:1404.5997)."""
+    lr = recipe.sqrt_lr or recipe.lr if scaling == "sqrt" else recipe.lr
+    ratio = batch / recipe.batch
+    factor, formula = {
+        "linear": (ratio, f"linear scaling: {lr:g} * {batch} / {recipe.batch}"),
+        "sqrt": (math.sqrt(ratio), f"square-root scaling: {lr:g} * sqrt({batch} / {recipe.batch})"),
+        "none": (1.0, f"that for {recipe.batch} images, unscaled"),
+    }[scaling]
+    return round(lr * factor, 6), formula
 
 
 def schedule_with_warmup(name: str, warmup: float) -> Schedule:

@@ -10,14 +10,14 @@ from modicum import distributed
 from modicum.config import validate
 from modicum.data.images import Images
 from modicum.errors import InputError
-from modicum.exchange import refuse_unfit_teacher
-from modicum.method import Decisions, Facts, Recipe, decide_momentum, find_method, settings_model
+from modicum.exchange import initial_backbone, refuse_unfit_teacher
+from modicum.method import Decisions, Facts, Method, decide_momentum, find_method, settings_model
 from modicum.networks.backbones import Architecture, choose_architecture, view_step
+from modicum.optim import decide_optimizer
 from modicum.record import warn
-from modicum.settings import AUTO, DataSettings, Experiment, PretrainSettings
+from modicum.settings import AUTO, DataSettings, Experiment, FinetuneSettings, PretrainSettings
 from modicum.views.policies import build_policy
 
-HAVE_MOMENTUM = {"sgd", "lars"}  # AdamW's averages go by other names
 MONITOR_READINGS = 20  # of the online kNN monitor over a run
 
 
@@ -45,7 +45,7 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
                 section[last] = value
                 reasons.append(Reason(f"{prefix}{key}", value, why))
 
-    decide("data.", _only_auto(settings["data"], _data(images)))
+    decide("data.", _only_auto(settings["data"], _data(images, experiment.data)))
     architecture = choose_architecture(experiment.backbone, images.channels, images.image_size)
     for stage in ("pretrain", "finetune"):
         section = settings[stage]
@@ -54,9 +54,12 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
         given = {key: value for key, value in section["method"].items() if key != "name"}
         model = validate(settings_model(method), given, source=f"{stage}.method {name}", prefix=f"{stage}.method.")
         section["method"] = {"name": name, **model.model_dump()}
+        _refuse_norm(stage, method, section["method"])
         if stage == "pretrain":
             decide("pretrain.", _batch_size(experiment.pretrain, len(images.rows("train"))))
         else:
+            _refuse_projector(settings["pretrain"]["method"], experiment.finetune)
+            decide("finetune.", _images_a_step(experiment.finetune, method, len(images.rows("train"))))
             decide("finetune.", _only_auto(section, {"ema_momentum": decide_momentum(0.999, section["steps"], share=0.1)}))
         batch, ranks = section["batch_size"], distributed.announced_ranks()
         if batch % ranks:
@@ -65,7 +68,8 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
         decide(f"{stage}.method.", method.decide(section["method"], facts))
         _warn_of_leak(stage, section)
         recipe = (facts.transformer and method.transformer_recipe) or method.recipe
-        decide(f"{stage}.optimizer.", _optimizer(section["optimizer"], recipe, name, batch, f"{stage}.optimizer"))
+        chosen = decide_optimizer(section["optimizer"], recipe, name, batch, f"{stage}.optimizer")
+        decide(f"{stage}.optimizer.", _only_auto(section["optimizer"], chosen))
         views = method.views.get("unlabelled") or method.views.get("labelled") or ("weak",)  # that of the baselines, for want of steps
         policies = [{"name": policy} for policy in views]
         rest: Decisions = {"schedule": (recipe.schedule, f"{name}'s own"), "views": (policies, f"{name}'s own")}
@@ -84,8 +88,13 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             same = (section["views"] * len(own))[: len(own)], "as the unlabelled ones, weak first"
             decide("finetune.", _only_auto(section, {"labelled_views": same}))
             decide("finetune.", _views(stage, section, "labelled_views", own, name, data))
-        _fit_views(stage, [*section["views"], *section.get("labelled_views", ())], data, architecture, experiment.backbone.name)
-    return Experiment.model_validate(settings), reasons
+        used = [*section["views"], *section.get("labelled_views", ())]
+        _fit_views(stage, used, data, architecture, experiment.backbone.name, name if method.one_size else None)
+    resolved = Experiment.model_validate(settings)
+    for init, projector_layers in ((resolved.pretrain.init, 0), (resolved.finetune.init, resolved.finetune.projector_layers)):
+        if init not in (None, "pretrain", "random"):
+            initial_backbone(init, resolved, projector_layers)  # one that does not fit is refused before anything is made
+    return resolved, reasons
 
 
 def _views(
@@ -112,11 +121,21 @@ def _views(
     return {}
 
 
-def _fit_views(stage: str, views: list[dict[str, Any]], data: DataSettings, architecture: Architecture, name: str) -> None:
-    """Raises InputError for a policy that cannot be, or a view of a size that the network does not take."""
+def _fit_views(
+    stage: str, views: list[dict[str, Any]], data: DataSettings, architecture: Architecture, name: str, together: str | None
+) -> None:
+    """Raises InputError for a policy that cannot be, or a view of a size that the network does not take.
+
+    `together` is the method, where it passes all views at once.
+    """
     sizes = {build_policy(policy, **view_arguments(data)).size for policy in views}
     if sizes == {data.image_size}:
         return
+    if together and len(sizes) > 1:
+        raise InputError(
+            f"{stage}.views have sides of {' and '.join(map(str, sorted(sizes)))} px, but {together} passes all views through the network "
+            "together: give them one size."
+        )
     step = view_step(architecture)
     if step is None:
         raise InputError(f"{stage}.views: {name} takes images of one size alone; set the size of every view to {data.image_size}.")
@@ -156,26 +175,26 @@ def _only_auto(section: dict[str, Any], decisions: Decisions) -> Decisions:
     return {key: decision for key, decision in decisions.items() if section[key] == AUTO}
 
 
-def _optimizer(settings: dict[str, Any], recipe: Recipe, method: str, batch: int, prefix: str) -> Decisions:
-    """Raises InputError for an explicit setting that the optimizer would ignore."""
-    own = f"{method}'s own"
-    chosen = recipe.name if settings["name"] == AUTO else settings["name"]
-    momentum = (0.9 if chosen in HAVE_MOMENTUM else 0.0) if settings["momentum"] == AUTO else settings["momentum"]
-    accelerates = chosen == "sgd" and momentum > 0  # Nesterov's momentum is SGD's, and one of 0 is none
-    for key, heeded in (("momentum", chosen in HAVE_MOMENTUM), ("nesterov", accelerates)):
-        if settings[key] not in (AUTO, 0) and not heeded:
-            without = f"{chosen} with momentum 0" if key == "nesterov" and chosen == "sgd" else chosen
-            raise InputError(f"{prefix}.{key} = {settings[key]} would do nothing, since {without} has none: leave it out.")
-    return _only_auto(
-        settings,
-        {
-            "name": (recipe.name, own),
-            "lr": (round(recipe.lr * batch / recipe.batch, 6), f"{recipe.lr} for {recipe.batch} images, scaled to {batch}"),
-            "weight_decay": (recipe.weight_decay, own),
-            "momentum": (momentum, "the usual" if momentum else f"{chosen} has none"),
-            "nesterov": (recipe.nesterov and accelerates, own if accelerates else f"{chosen} has none"),
-        },
-    )
+def _refuse_norm(stage: str, method: type[Method], settings: dict[str, Any]) -> None:
+    teacher = settings.get("teacher", "none")
+    if teacher != "none" and teacher["norm"] not in method.teacher_norms:
+        *most, last = method.teacher_norms
+        raise InputError(
+            f"{stage}.method.teacher.norm = {teacher['norm']} has no use in {settings['name']}, which contrasts no query with "
+            f"other keys: choose {', '.join(most)} or {last}."
+        )
+
+
+def _refuse_projector(pretrain: dict[str, Any], settings: FinetuneSettings) -> None:
+    if settings.projector_layers and settings.init == "pretrain":
+        if find_method("pretrain", pretrain["name"]).projector_path is None:
+            raise InputError(
+                f"finetune.projector_layers = 1 keeps a layer of simclr_v2's projector; pretrain.method is {pretrain['name']}: choose 0."
+            )
+        if pretrain["head_layers"] == 1:
+            raise InputError(
+                "finetune.projector_layers = 1 needs pretrain.method.head_layers = 2 or more: a single layer is all left behind."
+            )
 
 
 def _refuse_long_warmup(stage: str, section: dict[str, Any]) -> None:
@@ -185,8 +204,8 @@ def _refuse_long_warmup(stage: str, section: dict[str, Any]) -> None:
         raise InputError(f"{stage}.warmup_{unit} = {warmup:g} is longer than the run of {whole:g} {unit}: choose {whole:g} or less.")
 
 
-def _data(images: Images) -> Decisions:
-    mean, std = pixel_statistics(images)
+def _data(images: Images, settings: DataSettings) -> Decisions:
+    mean, std = pixel_statistics(images) if AUTO in (settings.mean, settings.std) else (settings.mean, settings.std)
     return {
         "image_size": (images.image_size, "the data set's"),
         "channels": (images.channels, "the data set's"),
@@ -211,6 +230,27 @@ def _batch_size(settings: PretrainSettings, num_images: int) -> Decisions:
         raise InputError(f"pretrain.batch_size = {settings.batch_size} is larger than the {num_images} training images.")
     ranks = distributed.announced_ranks()
     return {"batch_size": (max(2, num_images // 2 // ranks * ranks), f"half of the {num_images} training images")}
+
+
+def _images_a_step(settings: FinetuneSettings, method: type[Method], num_images: int) -> Decisions:
+    """Stage two's batch sizes, where those left out do not fit the data; labelled images may come twice a step, unlabelled ones not."""
+    if not method.views:  # it takes no step
+        return {}
+    mu, batch = settings.mu if "unlabelled" in method.views else 1, settings.batch_size
+    given = {"batch_size", "mu"} & settings.model_fields_set
+    if "unlabelled" not in method.views and "mu" in given:
+        warn(f"finetune.mu = {settings.mu} does nothing: {settings.method['name']} sees no unlabelled image.")
+    if mu * batch <= num_images:
+        return {}
+    if given:
+        times = f" with mu = {mu}, {mu * batch} unlabelled images a step," if mu > 1 else ""
+        raise InputError(
+            f"finetune.batch_size = {batch}{times} is more than the {num_images} training images: choose fewer, or leave both out."
+        )
+    ranks = distributed.announced_ranks()
+    fitting = min(batch, max(2, num_images // mu // ranks * ranks))
+    why = f"of the {num_images} training images, none twice a step"
+    return {"batch_size": (fitting, why), "mu": (max(1, min(settings.mu, num_images // fitting)), why)}
 
 
 def _warn_of_leak(stage: str, section: dict[str, Any]) -> None:

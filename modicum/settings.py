@@ -69,6 +69,7 @@ class BackboneSettings(Settings):
 class OptimizerSettings(Settings):
     name: Literal["auto", "sgd", "adamw", "lars"] = Field("auto", description="auto: the method's own")
     lr: Auto | Positive = Field("auto", description="peak learning rate of this very batch size, not of 256")
+    scaling: Literal["auto", "linear", "sqrt", "none"] = Field("auto", description="of an lr left auto, from the paper's batch to this one")
     weight_decay: Auto | Annotated[float, Field(ge=0)] = Field("auto", description="not applied to biases and norm layers")
     momentum: Auto | Annotated[float, Field(ge=0, lt=1)] = Field("auto", description="of SGD and LARS")
     nesterov: bool | Auto = Field("auto", description="of SGD")
@@ -122,6 +123,7 @@ class FinetuneSettings(Settings):
     views: Views = Field("auto", description="policies of the unlabelled views, weak first")
     labelled_views: Views = Field("auto", description="policies of the labelled views, of baselines too; auto: the first of views")
     init: str = Field("pretrain", description="pretrain (this run's stage one), random, or a backbone folder or file")
+    projector_layers: Literal[0, 1] = Field(0, description="layers of simclr_v2's projector that stay under the classifier")
     warm_start: Literal["none", "propagate"] = Field(
         "none", description="the head before the first step: random, or fitted to labels propagated over the backbone's features"
     )

@@ -52,7 +52,9 @@ def run(session: Session) -> None:
         monitors=monitors(session, method, backbone, policies, len(rows)) if is_rank_zero() else [],
     ).run()
     if is_rank_zero():
-        save_backbone(folder / "backbone", backbone, Preprocessing.of(experiment.data))
+        projector = method.get_submodule(method.projector_path) if method.projector_path else None
+        assert projector is None or isinstance(projector, nn.Sequential)
+        save_backbone(folder / "backbone", backbone, Preprocessing.of(experiment.data), projector)
 
 
 def monitors(session: Session, method: Method, backbone: Backbone, policies: list[Policy], num_images: int) -> list[Monitor]:

@@ -70,7 +70,7 @@ def variants() -> list[tuple[str, str, dict[str, Any]]]:
             if "teacher" not in fields:
                 found.append((stage, name, easy))
                 continue
-            norms = ["bn", "sync_bn", "eman"] if stage == "finetune" else ["bn", "shuffle_bn", "sync_bn", "eman"]
+            norms = find_method(stage, name).teacher_norms
             found += [
                 (stage, name, easy | {"teacher": {"norm": norm, "groups": 2} if norm == "shuffle_bn" else {"norm": norm}}) for norm in norms
             ]
@@ -108,7 +108,8 @@ def taught() -> "tempfile.TemporaryDirectory[str]":
 
 
 def build(stage: str, name: str, settings: dict[str, Any], architecture: str = "residual") -> Method:
-    facts = Facts(64, CLASSES, SIZE, STEPS, BATCH, ema_momentum=0.9, num_labelled=BATCH, num_unlabelled=2 * BATCH)
+    transformer = backbone(architecture).architecture.fixed_size
+    facts = Facts(64, CLASSES, SIZE, STEPS, BATCH, transformer=transformer, ema_momentum=0.9, num_labelled=BATCH, num_unlabelled=2 * BATCH)
     kind = find_method(stage, name)
     resolved = settings_model(kind)(**settings).model_dump()
     if "teacher_from" in resolved:
@@ -282,6 +283,16 @@ def test_a_variant_of_a_method_has_its_own_defaults_and_a_config_beats_them() ->
     assert variant(temperature=0.3).temperature == 0.3
     assert variant().embedding_size == settings_model(find_method("pretrain", "moco_v2"))().embedding_size
     assert [len(build("pretrain", name, {}).student[1]) for name in ("moco_v1", "moco_v2")] == [1, 3]  # a linear head; two layers and ReLU
+
+
+def test_a_symmetric_moco_is_both_directions_at_once() -> None:
+    settings = {"queue_size": 40, "teacher": {"norm": "eman"}}
+    both, one = (build("pretrain", "moco_v2", {**settings, "symmetric": symmetric}) for symmetric in (True, False))
+    batch = batch_for(one)
+    total, forth = both(batch).total, one(batch).total
+    batch["unlabelled"].views.reverse()
+    torch.testing.assert_close(total, forth + one(batch).total)
+    assert len(both.new_keys) == 2 * len(one.new_keys)  # the keys of both views enter the queue
 
 
 @pytest.mark.parametrize("frozen", [True, False])

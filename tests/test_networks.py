@@ -14,7 +14,8 @@ import torch
 from modicum.checkpoint import Preprocessing, load_backbone, load_classifier, save_backbone, save_classifier
 from modicum.errors import InputError
 from modicum.exchange import initial_backbone
-from modicum.networks import Backbone, Classifier, create_backbone
+from modicum.networks import Backbone, Classifier, create_backbone, mlp
+from modicum.networks.backbones import choose_architecture, keep_projector, kept_layer
 from modicum.settings import BackboneSettings, Experiment
 
 CASES = [
@@ -51,6 +52,13 @@ def test_small_images_keep_their_resolution_in_the_stem() -> None:
     large = create_backbone(BackboneSettings(name="resnet18"), 3, 224, seed=0).network
     assert small.conv1(images(1, 3, 32)).shape[-1] == 32
     assert large.conv1(images(1, 3, 224)).shape[-1] == 112
+
+
+def test_a_network_that_takes_no_smaller_patches_keeps_its_own() -> None:
+    settings = BackboneSettings(name="mixer_s16_224")
+    assert choose_architecture(settings, 3, 32).arguments == {"img_size": 32}
+    with pytest.raises(InputError, match=r"use backbone\.stem=standard, or a vision transformer"):
+        choose_architecture(BackboneSettings(name="mixer_s16_224", stem="small"), 3, 32)
 
 
 def test_the_seed_alone_draws_the_weights() -> None:
@@ -151,3 +159,40 @@ def test_a_backbone_that_does_not_fit_the_config_is_refused(tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(json.dumps(config)[:-20])
     with pytest.raises(InputError, match="cannot be read"):
         initial_backbone(str(tmp_path), experiment())
+
+
+def with_projector(name: str, size: int, channels: int) -> Backbone:
+    torch.manual_seed(0)
+    backbone = backbone_of(name, size, channels)
+    return keep_projector(backbone, kept_layer(backbone.num_features, 24)).eval()
+
+
+@pytest.mark.parametrize(("name", "size", "channels"), [("resnet10_small", 16, 1), ("vit_tiny_patch16_224", 32, 3)])
+def test_a_projectors_layer_stays_under_the_classifier(tmp_path: Path, name: str, size: int, channels: int) -> None:
+    backbone, x = with_projector(name, size, channels), images(2, channels, size)
+    classifier = Classifier(backbone, 3).eval()
+    assert backbone(x).shape == (2, 24)
+    save_classifier(tmp_path, classifier, preprocessing(channels, size), ("a", "b", "c"))
+    torch.testing.assert_close(load_classifier(tmp_path)[0](x), classifier(x))
+    torch.testing.assert_close(load_backbone(tmp_path)[0](x), backbone(x))
+    names: dict[str, object] = {}
+    block = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(block.replace('"model.safetensors"', repr(str(tmp_path / "model.safetensors"))), names)  # the lines for a stranger
+    torch.testing.assert_close(names["network"](x), classifier(x))  # type: ignore[operator]
+
+
+def test_a_projectors_layer_lies_beside_the_backbone_for_a_stage_two_that_keeps_it(tmp_path: Path) -> None:
+    backbone = backbone_of("resnet10_small", 16, 1)
+    projector, x = mlp(backbone.num_features, 24, 8, num_layers=3, norm=True).eval(), images(2, 1, 16)
+    save_backbone(tmp_path / "with", backbone, preprocessing(1, 16), projector)
+    assert initial_backbone(str(tmp_path / "with"), experiment()).num_features == backbone.num_features
+    kept = initial_backbone(str(tmp_path / "with"), experiment(), projector_layers=1).eval()
+    torch.testing.assert_close(kept(x), projector[:3](backbone(x)))
+    save_backbone(tmp_path / "again", kept, preprocessing(1, 16))  # as stage two leaves it
+    torch.testing.assert_close(initial_backbone(str(tmp_path / "again"), experiment(), projector_layers=1).eval()(x), kept(x))
+    with pytest.raises(InputError, match="it has projector 24 for 0"):
+        initial_backbone(str(tmp_path / "again"), experiment())
+    save_backbone(tmp_path / "without", backbone, preprocessing(1, 16))
+    with pytest.raises(InputError, match=r"has no projector\.safetensors, so finetune\.projector_layers must be 0"):
+        initial_backbone(str(tmp_path / "without"), experiment(), projector_layers=1)
+    assert initial_backbone(None, experiment(), projector_layers=1).num_features == backbone.num_features  # the baseline from nothing

@@ -74,7 +74,10 @@ def test_on_one_process_and_when_exported_it_is_plain_batch_norm(tmp_path: Path,
 
 def test_the_setting_reaches_every_batch_norm_of_a_method() -> None:
     facts = Facts(64, 10, 16, 100, 16, norm="sync_bn")
-    for name, settings in (("simclr", {}), ("byol", {"hidden_size": 8, "teacher": TeacherSettings(norm="bn", momentum=0.9)})):
+    for name, settings in (
+        ("simclr", {"temperature": 0.5}),
+        ("byol", {"hidden_size": 8, "teacher": TeacherSettings(norm="bn", momentum=0.9)}),
+    ):
         method = find_method("pretrain", name).from_settings(create_backbone(BackboneSettings(), 1, 16, 0), facts, 0, settings)
         norms = [module for module in method.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         assert len(norms) > 9

@@ -51,11 +51,47 @@ def test_the_learning_rate_is_scaled_to_the_batch_and_shown_as_a_number(digits: 
     assert (experiment.pretrain.optimizer.name, experiment.pretrain.optimizer.lr) == ("lars", pytest.approx(0.15))
 
 
+@pytest.mark.parametrize(
+    ("method", "batch", "scaling", "lr", "why"),
+    [
+        ("simclr", 64, "auto", 0.075, "linear scaling: 0.3 * 64 / 256"),
+        ("simclr", 64, "sqrt", 0.6, "square-root scaling: 1.2 * sqrt(64 / 256)"),  # 0.075 sqrt(B) of the paper
+        ("simclr_v2", 64, "auto", 0.8, "square-root scaling: 6.4 * sqrt(64 / 4096)"),  # 0.1 sqrt(B) of the paper
+        ("moco_v2", 64, "none", 0.03, "that for 256 images, unscaled"),
+    ],
+)
+def test_the_learning_rate_is_scaled_by_one_formula_or_another(
+    digits: Images, method: str, batch: int, scaling: str, lr: float, why: str
+) -> None:
+    section = f"pretrain={{method: {method}, batch_size: {batch}, optimizer: {{scaling: {scaling}}}}}"
+    experiment, reasons = resolved(digits, section)
+    assert experiment.pretrain.optimizer.lr == pytest.approx(lr)
+    assert reasons["pretrain.optimizer.lr"].why == why
+    assert resolve(experiment, digits) == (experiment, [])
+
+
+def test_batches_of_stage_two_that_are_left_out_fit_the_data(digits: Images) -> None:
+    few = Images("few", digits.pixels[:40], digits.manifest[:40].assign(split="train"), digits.class_names, digits.mirror)
+    settings = resolve(load_experiment("digits", ["pretrain={}", "finetune={}"]), few)[0].finetune
+    assert (settings.batch_size, settings.mu) == (5, 7)
+
+
+def test_what_is_ignored_for_the_sake_of_a_comparison_is_warned_of(digits: Images, capsys: pytest.CaptureFixture[str]) -> None:
+    resolved(digits, "finetune.method=supervised")
+    assert "finetune.mu = 12 does nothing: supervised sees no unlabelled image" in capsys.readouterr().err
+
+
+def test_simclrs_temperature_is_that_of_small_images_or_of_large_ones(digits: Images) -> None:
+    assert resolved(digits, "pretrain.method=simclr")[0].pretrain.method["temperature"] == 0.5
+    assert resolved(digits, "pretrain.method=simclr_v2")[0].pretrain.method["temperature"] == 0.1
+
+
 def test_a_transformer_has_the_papers_settings_for_transformers(digits: Images) -> None:
     convolutional, _ = resolved(digits, "pretrain={method: moco_v3}")
     transformer, reasons = resolved(digits, "pretrain={method: moco_v3}", "backbone.name=vit_tiny_patch16_224")
     assert [e.pretrain.method["temperature"] for e in (convolutional, transformer)] == [1.0, 0.2]
     assert [e.pretrain.optimizer.name for e in (convolutional, transformer)] == ["lars", "adamw"]
+    assert [e.pretrain.method["frozen_patches"] for e in (convolutional, transformer)] == [False, True]
     assert "transformers" in reasons["pretrain.method.temperature"].why
 
 
@@ -127,7 +163,33 @@ def test_crops_that_the_network_does_not_take_are_refused(backbone: str, sentenc
         ("pretrain={method: w_mse, views: [w_mse]}", "Unknown view policy 'w_mse'"),
         ("pretrain={method: {name: w_mse, sub_batch: 512}}", "sub_batch = 512 is larger than batch_size = 256"),
         ("pretrain={method: {name: w_mse, sub_batch: 64, embedding_size: 64}}", "covariance is singular"),
-        ("finetune.method.teacher={norm: shuffle_bn}", "no use in stage two"),
+        ("finetune.method.teacher={norm: shuffle_bn}", "norm = shuffle_bn has no use in fixmatch, which contrasts no query"),
+        (
+            "pretrain.method={name: byol, teacher: {norm: shuffle_bn}}",
+            "no use in byol, which contrasts no query with other keys: choose bn, ",
+        ),
+        ("pretrain.method={name: moco_v2, teacher: {norm: eman, groups: 4}}", "teacher.groups = 4 would do nothing"),
+        ("pretrain={batch_size: 3, method: {name: moco_v2, teacher: {norm: shuffle_bn}}}", "from 4 on, or norm: eman"),
+        (
+            "pretrain={batch_size: 4, method: {name: moco_v2, teacher: {norm: shuffle_bn, groups: 8}}}",
+            "choose batch_size as a multiple of 8",
+        ),
+        ("pretrain.method={name: swav, queue_epochs: 3}", "queue_epochs = 3 would do nothing without a queue"),
+        ("pretrain.method={name: moco_v3, frozen_patches: true}", "the backbone is no transformer"),
+        (
+            "pretrain={method: simclr, views: [{name: simclr}, {name: simclr, size: 8}]}",
+            "sides of 8 and 12 px, but simclr passes all views",
+        ),
+        ("finetune.views=[weak, {name: moco_v2, size: 8}]", "finetune.views have sides of 8 and 12 px"),
+        ("finetune.batch_size=2000", "finetune.batch_size = 2000 with mu = 12, 24000 unlabelled images a step, is more than the 1347"),
+        ("finetune={method: supervised, batch_size: 2000}", "finetune.batch_size = 2000 is more than the 1347 training images"),
+        ("finetune.method={name: vat, teacher: {norm: eman}}", "unknown key 'finetune.method.teacher'"),
+        ("finetune.method={name: mean_teacher, teacher: none}", "finetune.method.teacher = 'none' is not possible"),
+        ("finetune.method.threshold=0", "threshold = 0 is not possible"),
+        ("backbone={name: mixer_s16_224, stem: small}", "backbone.stem = small is not known for mixer_s16_224"),
+        ("finetune.projector_layers=1", "projector_layers = 1 keeps a layer of simclr_v2's projector; pretrain.method is moco_v2"),
+        ("finetune.projector_layers=2", "finetune.projector_layers = 2 is not possible"),
+        ("pretrain.optimizer.scaling=sqrt", "scaling = sqrt would do nothing, since lr = 0.002 is given"),
         ("finetune.method={name: fixmatch, weak_in_batch: true, teacher: {norm: eman}}", "weak_in_batch"),
         ("finetune.method.threshold=1.5", "threshold = 1.5 is not possible"),
         ("backbone.name=resnet19", "did you mean resnet18"),

@@ -31,6 +31,7 @@ class Architecture:
     image_size: int
     arguments: dict[str, Any] = field(default_factory=dict)
     stem: Stem = field(default_factory=dict)
+    projector: int = 0  # width of the projector's first layer, where it stays behind the features; 0: it does not
 
     @property
     def fixed_size(self) -> bool:
@@ -41,6 +42,12 @@ class Architecture:
         """timm's network: an nn.Module with attributes of timm's own, which nn.Module does not declare."""
         network = timm.create_model(self.name, in_chans=self.channels, num_classes=num_classes, **self.arguments)
         apply_stem(network, self.stem)
+        if self.projector:
+            parent, _, name = classifier_path(network).rpartition(".")
+            layers = kept_layer(num_features(network), self.projector)
+            if num_classes:
+                layers.append(nn.Linear(self.projector, num_classes))
+            setattr(network.get_submodule(parent), name, layers)
         return network
 
 
@@ -51,7 +58,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.network = architecture.build()
-        self.num_features: int = getattr(self.network, "head_hidden_size", self.network.num_features)
+        self.num_features: int = architecture.projector or num_features(self.network)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images)
@@ -71,11 +78,33 @@ class Backbone(nn.Module):
         return True
 
 
+def num_features(network: Any) -> int:
+    """What timm's network gives to its classifier."""
+    return getattr(network, "head_hidden_size", network.num_features)
+
+
+def classifier_path(network: Any) -> str:
+    """Where timm's network keeps its classifier, for example `fc`."""
+    return next(name for name, module in network.named_modules() if module is network.get_classifier())
+
+
+def kept_layer(num_inputs: int, width: int) -> nn.Sequential:
+    """The first layer of a projector (`heads.mlp`) that fine-tuning keeps (Chen 2020, arXiv:2006.10029, section 2)."""
+    return nn.Sequential(nn.Linear(num_inputs, width, bias=False), nn.BatchNorm1d(width), nn.ReLU(inplace=True))
+
+
 def create_backbone(settings: BackboneSettings, channels: int, image_size: int, seed: int) -> Backbone:
     """A backbone with random weights drawn from `seed` alone. Raises InputError for an unknown architecture or stem."""
     architecture = choose_architecture(settings, channels, image_size)
     with seeded(seed, "backbone"):
         return Backbone(architecture)
+
+
+def keep_projector(backbone: Backbone, layer: nn.Sequential) -> Backbone:
+    """The backbone with the first layer of a projector, linear, norm and ReLU, behind its features."""
+    kept = Backbone(replace(backbone.architecture, projector=len(layer.state_dict()["0.weight"])))
+    kept.network.load_state_dict(backbone.network.state_dict() | layer.state_dict(prefix=f"{classifier_path(kept.network)}."))
+    return kept
 
 
 def choose_architecture(settings: BackboneSettings, channels: int, image_size: int) -> Architecture:
@@ -87,13 +116,25 @@ def choose_architecture(settings: BackboneSettings, channels: int, image_size: i
     small = settings.stem == "small" or (settings.stem == "auto" and image_size <= SMALL_IMAGE)
     with torch.device("meta"):
         if takes_image_size(name):
-            patch = {"patch_size": max(2, image_size // 8)} if small else {}
-            arguments = {**arguments, "img_size": image_size, **patch}
+            patches = {"img_size": image_size, "patch_size": max(2, image_size // 8)}
+            fits = small and _builds(name, patches)
+            if settings.stem == "small" and not fits:
+                raise InputError(f"backbone.stem = small is not known for {name}; use backbone.stem=standard, or a vision transformer.")
+            arguments = patches if fits else {"img_size": image_size}
         network = timm.create_model(name, in_chans=channels, num_classes=0, **arguments)
     stem: Stem = {}
     if small and "img_size" not in arguments:
         stem = require_small_stem(network, settings.name) if settings.stem == "small" else small_stem(network, settings.name) or {}
     return Architecture(name, channels, image_size, arguments, stem)
+
+
+def _builds(name: str, arguments: dict[str, Any]) -> bool:
+    """Whether timm builds this network with these arguments; nothing but trying tells which of its families take smaller patches."""
+    try:
+        timm.create_model(name, num_classes=0, **arguments)
+    except (TypeError, AssertionError, ZeroDivisionError):
+        return False
+    return True
 
 
 def view_step(architecture: Architecture) -> int | None:

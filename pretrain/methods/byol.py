@@ -12,13 +12,14 @@ from modicum.networks import Backbone, mlp
 from modicum.optim import rising_to_one
 from modicum.pretrain.losses import regression
 from modicum.settings import TeacherSettings
-from modicum.teacher import Teacher, in_groups
+from modicum.teacher import Teacher
 
 
 class BYOL(Method):
     """A predictor on one view's embedding must hit the teacher's embedding of the other view; there are no negatives."""
 
     views: ClassVar = {"unlabelled": ("byol_a", "byol_b")}
+    teacher_norms: ClassVar = ("bn", "sync_bn", "eman")
     recipe: ClassVar = Recipe("lars", lr=0.2, weight_decay=1.5e-6, warmup=0.01)
     collapse_causes: ClassVar = {
         "pretrain.method.teacher.momentum": "too low",
@@ -46,7 +47,7 @@ class BYOL(Method):
 
     def forward(self, batch: Batch) -> Loss:
         images = batch["unlabelled"]
-        predictions = [self.predictor(in_groups(self.student, images.view(number), self.teacher.groups)).float() for number in (0, 1)]
+        predictions = [self.predictor(self.student(images.view(number))).float() for number in (0, 1)]
         targets = [self.teacher(images, view=number).float() for number in (0, 1)]  # (N, D) each, no gradient
         return Loss(regression(predictions[0], targets[1]) + regression(predictions[1], targets[0]))
 

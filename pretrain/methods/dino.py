@@ -17,7 +17,7 @@ from modicum.pretrain.crops import by_size, take_all_sizes
 from modicum.pretrain.losses import across_views
 from modicum.pretrain.prototypes import Prototypes
 from modicum.settings import AUTO, TeacherSettings
-from modicum.teacher import Teacher, in_groups
+from modicum.teacher import Teacher
 
 PAPER_PROTOTYPES = 65536
 
@@ -27,6 +27,7 @@ class DINO(Method):
 
     views: ClassVar = {"unlabelled": ("dino_a", "dino_b", *("dino_local",) * 8)}
     fewest_views: ClassVar = 2
+    teacher_norms: ClassVar = ("bn", "sync_bn", "eman")
     recipe: ClassVar = Recipe("adamw", lr=5e-4, weight_decay=0.04, warmup=0.1)
     collapse_causes: ClassVar = {
         "pretrain.method.teacher_temperature": "too high",
@@ -69,7 +70,7 @@ class DINO(Method):
     def forward(self, batch: Batch) -> Loss:
         images = batch["unlabelled"]
         views = [images.view(number) for number in range(images.num_views)]
-        students = by_size(lambda same: in_groups(self.student, same, self.teacher.groups), views)  # (N, K) each
+        students = by_size(self.student, views)  # (N, K) each
         teachers = [self.teacher(images, view=number) for number in (0, 1)]
         first, last = self.teacher_temperatures
         sharpness = first + (last - first) * min(1.0, self.progress.fraction / self.rise)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt
 from torch import nn
@@ -38,6 +39,7 @@ class MoCoV2(Method):
         queue_size: Annotated[int, Ge(1), "past keys that serve as negatives"] = AUTO,
         embedding_size: Annotated[int, Ge(2), "dimensions of queries and keys"] = 128,
         head_layers: Annotated[int, Ge(1), "linear layers of the head"] = 2,
+        symmetric: Annotated[bool, "each view is query and key in turn; a step costs twice as much"] = False,
         teacher: Annotated[TeacherSettings, "the key encoder"] = TeacherSettings(norm="shuffle_bn"),
     ) -> None:
         super().__init__()
@@ -46,16 +48,21 @@ class MoCoV2(Method):
         self.teacher = Teacher(self.student, teacher)
         self.queue = Queue(queue_size, embedding_size, seed)
         self.temperature = temperature
+        self.pairs = ((0, 1), (1, 0)) if symmetric else ((0, 1),)  # views that are query and key
 
     def prepare(self, batch: Batch) -> None:
         self.teacher.start(self.student, batch["unlabelled"].view(0))
 
     def forward(self, batch: Batch) -> Loss:
         images = batch["unlabelled"]
-        q = F.normalize(in_groups(self.student, images.view(0), self.teacher.groups).float(), dim=1)  # (N, D)
-        k = F.normalize(self.teacher(images, view=1).float(), dim=1)  # (N, D), no gradient
-        self.new_keys = k
-        return Loss(info_nce(q, k, self.queue.keys, self.temperature))
+        losses, keys = [], []
+        for query, key in self.pairs:
+            q = F.normalize(in_groups(self.student, images.view(query), self.teacher.groups).float(), dim=1)  # (N, D)
+            k = F.normalize(self.teacher(images, view=key).float(), dim=1)  # (N, D), no gradient
+            losses.append(info_nce(q, k, self.queue.keys, self.temperature))
+            keys.append(k)
+        self.new_keys = torch.cat(keys)
+        return Loss(torch.stack(losses).sum())
 
     def after_step(self, progress: Progress) -> None:
         self.teacher.update(self.student)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from modicum import distributed
 from modicum.data.stream import Batch
+from modicum.errors import InputError
 from modicum.method import Decisions, Facts, Loss, Method, Progress, Recipe, decide_teacher
 from modicum.networks import Backbone, mlp
 from modicum.optim import rising_to_one
@@ -36,7 +37,7 @@ class MoCoV3(Method):
         hidden_size: Annotated[int, Ge(2), "width of projector and predictor"] = 4096,
         embedding_size: Annotated[int, Ge(2), "dimensions of queries and keys"] = 256,
         head_layers: Annotated[int, Ge(1), "linear layers of the projector"] = AUTO,
-        frozen_patches: Annotated[bool, "a transformer's patch projection stays as drawn, which steadies its training"] = True,
+        frozen_patches: Annotated[bool, "a transformer's patch projection stays as drawn, which steadies its training"] = AUTO,
         teacher: Annotated[TeacherSettings, "the key encoder; its momentum rises to 1 over the run"] = TeacherSettings(norm="bn"),
     ) -> None:
         super().__init__()
@@ -70,8 +71,14 @@ class MoCoV3(Method):
 
     @classmethod
     def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
+        if settings["frozen_patches"] is True and not facts.transformer:
+            raise InputError(
+                "pretrain.method.frozen_patches = true would do nothing, since the backbone is no transformer and projects no patches: "
+                "leave it out, or choose a backbone such as vit_small_patch16_224."
+            )
         decisions = decide_teacher(settings["teacher"], facts, momentum=0.99, share=0.25)
         kind = "transformers" if facts.transformer else "convolutional networks"
         papers: Decisions = {"temperature": (0.2 if facts.transformer else 1.0, f"the paper's for {kind}")}
         papers["head_layers"] = 3 if facts.transformer else 2, f"the paper's for {kind}"
+        papers["frozen_patches"] = facts.transformer, f"the paper's for {kind}"
         return decisions | {key: decision for key, decision in papers.items() if settings[key] == AUTO}

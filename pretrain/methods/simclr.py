@@ -1,6 +1,7 @@
 """SimCLR: contrast with all other images of the batch (Chen 2020, arXiv:2002.05709)."""
 
-from typing import Annotated, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -9,16 +10,19 @@ from torch import nn
 
 from modicum import distributed
 from modicum.data.stream import Batch
-from modicum.method import Facts, Loss, Method, Recipe
+from modicum.method import Decisions, Facts, Loss, Method, Recipe
 from modicum.networks import Backbone, mlp
+from modicum.networks.stems import SMALL_IMAGE
 from modicum.pretrain.losses import nt_xent
+from modicum.settings import AUTO
 
 
 class SimCLR(Method):
     """Two views of an image must find each other among all views of the batch, on all ranks."""
 
     views: ClassVar = {"unlabelled": ("simclr", "simclr")}
-    recipe: ClassVar = Recipe("lars", lr=0.3, weight_decay=1e-6, warmup=0.1)
+    one_size: ClassVar = True
+    recipe: ClassVar = Recipe("lars", lr=0.3, sqrt_lr=1.2, weight_decay=1e-6, warmup=0.1)  # 0.3 B / 256, or 0.075 sqrt(B)
     collapse_causes: ClassVar = {"pretrain.method.temperature": "too high", "pretrain.batch_size": "too small"}
 
     def __init__(
@@ -27,7 +31,7 @@ class SimCLR(Method):
         facts: Facts,
         seed: int = 0,
         *,
-        temperature: Annotated[float, Gt(0), "divides the cosine similarities; the paper's 0.5 for small images"] = 0.5,
+        temperature: Annotated[float, Gt(0), "divides the cosine similarities"] = AUTO,
         embedding_size: Annotated[int, Ge(2), "dimensions of the embeddings"] = 128,
         head_layers: Annotated[int, Ge(1), "linear layers of the head"] = 2,
     ) -> None:
@@ -43,3 +47,9 @@ class SimCLR(Method):
         first, second = z.chunk(2)
         offset = distributed.rank() * len(first)
         return Loss(nt_xent(first, second, distributed.gather(first), distributed.gather(second), offset, self.temperature))
+
+    @classmethod
+    def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
+        small = facts.image_size <= SMALL_IMAGE
+        papers = (0.5, "the paper's for small images") if small else (0.1, "the paper's for large images")
+        return {"temperature": papers} if settings["temperature"] == AUTO else {}

@@ -46,7 +46,7 @@ class SwAV(Method):
         hidden_size: Annotated[int, Ge(2), "width of the projector"] = 2048,
         embedding_size: Annotated[int, Ge(2), "dimensions of embeddings and prototypes"] = 128,
         queue_size: Annotated[int, Ge(0), "past embeddings of each large crop that are assigned together with the batch's; 0: none"] = 0,
-        queue_epochs: Annotated[float, Ge(0), "first epochs without the queue"] = 15.0,
+        queue_epochs: Annotated[float, Ge(0), "first epochs without the queue"] = AUTO,
     ) -> None:
         super().__init__()
         take_all_sizes(backbone)
@@ -54,8 +54,9 @@ class SwAV(Method):
         self.prototypes = Prototypes(embedding_size, num_prototypes)
         self.paces = {"prototypes": Pace(starts=facts.share_of_run(frozen_epochs))}
         self.queues = nn.ModuleList(Queue(queue_size, embedding_size, seed) for _ in range(2 if queue_size else 0))
-        full = math.ceil(queue_size / facts.batch_size)  # steps until it holds embeddings and nothing else
-        self.queue_starts = max(full, round(queue_epochs * facts.num_images / facts.batch_size))
+        if queue_size:
+            full = math.ceil(queue_size / facts.batch_size)  # steps until it holds embeddings and nothing else
+            self.queue_starts = max(full, round(queue_epochs * facts.num_images / facts.batch_size))
         self.temperature, self.epsilon, self.rounds = temperature, epsilon, sinkhorn_rounds
 
     def forward(self, batch: Batch) -> Loss:
@@ -87,8 +88,16 @@ class SwAV(Method):
                 f"pretrain.method.queue_size = {settings['queue_size']} is larger than the data set of {facts.num_images} images, so it "
                 f"would hold images twice; use at most {facts.num_images // 2}, or 0."
             )
-        if settings["num_prototypes"] != AUTO:
-            return {}
-        together = facts.batch_size + settings["queue_size"]
-        number = min(PAPER_PROTOTYPES, together)
-        return {"num_prototypes": (number, f"the paper's {PAPER_PROTOTYPES}, or one for each of the {together} images assigned together")}
+        if settings["queue_epochs"] != AUTO and not settings["queue_size"]:
+            raise InputError(
+                f"pretrain.method.queue_epochs = {settings['queue_epochs']:g} would do nothing without a queue: "
+                "leave it out, or give queue_size."
+            )
+        decisions: Decisions = {}
+        if settings["queue_epochs"] == AUTO and settings["queue_size"]:
+            decisions["queue_epochs"] = 15.0, "the paper's"
+        if settings["num_prototypes"] == AUTO:
+            together = facts.batch_size + settings["queue_size"]
+            why = f"the paper's {PAPER_PROTOTYPES}, or one for each of the {together} images assigned together"
+            decisions["num_prototypes"] = min(PAPER_PROTOTYPES, together), why
+        return decisions

@@ -1,0 +1,1 @@
+"""One YAML a row of a paper: docs/recipes.md."""
