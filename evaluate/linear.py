@@ -16,7 +16,7 @@ from modicum.randomness import seed_of
 from modicum.settings import LinearSettings
 
 FEW = 20  # labels a class under which nothing is held out: the choice is made by k-fold
-ROUGH, FINE, EXACT = 3e-4, 1e-5, 1e-9  # share of the objective that may be left: strengths are ranked at one, the probe judged at the next
+ROUGH, FINE, EXACT = 3e-4, 1e-5, 1e-8  # share of the objective that may be left: strengths are ranked at one, the probe judged at the next
 SMALL = 2**22  # numbers up to which the problem is solved in float64, from fine to exact: cheap there
 
 
