@@ -100,7 +100,7 @@ def _best(
     max_iterations: int,
     precision: torch.dtype | None,
 ) -> tuple[float, torch.Tensor]:
-    """The C whose problems, one for each row of `held`, are right about most of the images held out, and their mean solution (1, C, R + 1)."""
+    """The C whose problems, one a row of `held`, name most of the images held out rightly, and their mean solution (1, C, R + 1)."""
     folds = len(held)
     each = torch.tensor(strengths).repeat_interleave(folds).to(regression.features)
     solutions = regression.solve(each, ~held.repeat(len(strengths), 1), tolerance, max_iterations, precision=precision)
