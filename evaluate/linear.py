@@ -16,8 +16,8 @@ from modicum.randomness import seed_of
 from modicum.settings import LinearSettings
 
 FEW = 20  # labels a class under which nothing is held out: the choice is made by k-fold
-ROUGH, FINE, EXACT = 3e-4, 1e-5, 1e-8  # share of the objective that may be left: strengths are ranked at one, the probe judged at the next
-SMALL = 2**22  # numbers up to which the problem is solved in float64, from fine to exact: cheap there
+SINGLE, DOUBLE = (3e-4, 3e-5), (1e-5, 1e-8)  # tolerances by precision: to rank strengths, and for the probe that is judged
+SMALL = 2**22  # numbers up to which the problem is solved in float64: cheap there, and it ends closer to the optimum
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ def fit_probe(
     double = features.size <= SMALL and device.type != "mps"  # mps has no float64
     inputs = torch.from_numpy(features).to(device, torch.float64 if double else torch.float32)
     regression = SoftmaxRegression(inputs, torch.from_numpy(labels).to(device), num_classes)
+    rough, fine = DOUBLE if double else SINGLE
     held, chosen = _held_out(labels, seed, validation)
     if held is None:
         strength, start = strengths[(len(strengths) - 1) // 2], None
     else:
-        tolerance, precision = (FINE, None) if double else (ROUGH, torch.bfloat16 if has_fast_bf16(device) else None)
+        precision = torch.bfloat16 if not double and has_fast_bf16(device) else None
         apart = torch.from_numpy(held).to(device)
-        strength, start = _best(regression, strengths, apart, tolerance, settings.max_iterations, precision)
+        strength, start = _best(regression, strengths, apart, rough, settings.max_iterations, precision)
     everything = torch.ones(1, len(labels), dtype=torch.bool, device=device)
-    tolerance = EXACT if double else FINE
-    [solution] = regression.solve(torch.tensor([strength]).to(inputs), everything, tolerance, settings.max_iterations, start)
+    [solution] = regression.solve(torch.tensor([strength]).to(inputs), everything, fine, settings.max_iterations, start)
     weight, bias = regression.linear_map(solution)
     return Probe(weight.float(), bias.float(), strength, chosen)
 

@@ -29,7 +29,7 @@ def objective(features, labels, weight, bias, strength):
     return strength * losses.sum() + 0.5 * np.square(weight).sum()
 
 
-def solved(features, labels, strengths, used=None, tolerance=linear.EXACT, dtype=torch.float64, **options):
+def solved(features, labels, strengths, used=None, tolerance=linear.DOUBLE[1], dtype=torch.float64, **options):
     """Weights (D, C) and intercepts (C,), float64, one pair a strength."""
     regression = SoftmaxRegression(torch.from_numpy(features).to(dtype), torch.from_numpy(labels), 10)
     used = torch.ones(len(strengths), len(labels), dtype=torch.bool) if used is None else used
@@ -56,7 +56,7 @@ def test_objective_and_predictions_agree_with_scikit_learn(digits, rows):
         assert same.mean() >= 0.998
 
 
-@pytest.mark.parametrize("tolerance", [linear.ROUGH, linear.FINE])
+@pytest.mark.parametrize("tolerance", linear.SINGLE)
 @pytest.mark.parametrize("strength", [1e-3, 0.1, 10.0])
 def test_what_is_left_of_the_objective_is_of_the_order_of_the_tolerance(digits, strength, tolerance):
     features, labels, train, _ = digits
@@ -76,7 +76,7 @@ def test_bf16_products_rank_strengths_as_float64_does(digits):
         return np.array([((features[test] @ weight + bias).argmax(axis=1) == labels[test]).mean() for weight, bias in found])
 
     exact = accuracies(solved(*args))
-    rounded = accuracies(solved(*args, tolerance=linear.ROUGH, dtype=torch.float32, precision=torch.bfloat16))
+    rounded = accuracies(solved(*args, tolerance=linear.SINGLE[0], dtype=torch.float32, precision=torch.bfloat16))
     np.testing.assert_allclose(rounded, exact, atol=0.015)
     assert exact[rounded.argmax()] >= exact.max() - 0.003
 
