@@ -4,9 +4,13 @@ Claim: 60,000 features of 512 dimensions, 10 classes, six strengths of regularis
 times as fast as scikit-learn's LogisticRegression swept over the same strengths with the same choice, at equal or better accuracy on
 10,000 other rows (within a tenth of a per cent of it: they decide no finer).
 
-scikit-learn takes minutes and is run once; where its sweep passes four minutes, the strengths left, and the last fit on all labels, are
-taken to need what the largest strength measured did, which is too little, since they need more the larger they are. Its limit of
-iterations is ours. The other peer is 100 epochs of SGD on the cached features at one learning rate, without a choice.
+scikit-learn takes minutes and is run once; where its sweep passes a minute and a half, the strengths left are taken to need what the
+largest strength measured did, which is too little, since they need more the larger they are: the ratio is too small rather than too
+large. Its last fit, on all labels, is measured. Its limit of iterations is ours. The other peer is 100 epochs of SGD on the cached
+features at one learning rate, without a choice.
+
+On the pixels of Fashion-MNIST, which a linear probe finds hard, nothing is taken for granted: scikit-learn fits once, with the strength
+that ours chose, and that alone is set against our whole sweep.
 """
 
 import time
@@ -22,19 +26,34 @@ from torch import nn
 
 from benchmarks.features import CLASSES, clustered
 from benchmarks.pairs import Row, Seconds, compared, device_clock, take_turns
+from modicum.data.sources import load_images
+from modicum.errors import InputError
+from modicum.evaluate.features import raw_pixels
 from modicum.evaluate.linear import fit_probe, standardise
 from modicum.hardware import choose_hardware
-from modicum.settings import Experiment, LinearSettings
+from modicum.record import warn
+from modicum.settings import DataSettings, Experiment, LinearSettings
 
-PATIENCE = 240.0  # seconds of scikit-learn's sweep that are measured
-SGD, SKLEARN = "SGD, 100 epochs", "scikit-learn, same strengths"
+PATIENCE = 90.0  # seconds of scikit-learn's sweep that are measured
+SGD, SKLEARN, ONCE = "SGD, 100 epochs", "scikit-learn, same strengths", "scikit-learn, our strength alone"
 BAR, EQUAL = 20.0, 0.999
 
 
 def run(quick: bool) -> Iterator[Row]:
     count, others, dimensions = (600, 200, 32) if quick else (60_000, 10_000, 512)
     features, labels = clustered(count + others, dimensions)
-    features = standardise(features, np.arange(count))
+    yield from _beside_sweep_and_sgd(standardise(features, np.arange(count)), labels, count, 1 if quick else 3)
+    try:
+        images = load_images(DataSettings(name="fashion_mnist"))
+    except InputError as reason:
+        warn(f"The probe of pixels is left out: {reason}")
+        return
+    count, others = (600, 200) if quick else (len(images.labels) - 10_000, 10_000)
+    pixels, _ = raw_pixels(images.pixels[: count + others])
+    yield from _beside_one_fit(standardise(pixels, np.arange(count)), images.labels[: count + others], count, 1 if quick else 2)
+
+
+def _beside_sweep_and_sgd(features: np.ndarray, labels: np.ndarray, count: int, rounds: int) -> Iterator[Row]:
     train, test, truth, answers = features[:count], features[count:], labels[:count], labels[count:]
     device, settings = choose_hardware(Experiment()).device, LinearSettings()
     accuracy: dict[str, float] = {}
@@ -48,17 +67,38 @@ def run(quick: bool) -> Iterator[Row]:
         with torch.no_grad():
             accuracy[SGD] = float((layer(torch.from_numpy(test).to(device)).argmax(dim=1).cpu().numpy() == answers).mean())
 
-    clock = device_clock(device)
-    seconds: Seconds = take_turns({"ours": ours, SGD: by_sgd}, 1 if quick else 3, clock, warm_up=False)
+    seconds: Seconds = take_turns({"ours": ours, SGD: by_sgd}, rounds, device_clock(device), warm_up=False, once=[SGD])
     swept, measured, accuracy[SKLEARN] = sklearn_sweep(train, truth, test, answers, settings)
     of = len(settings.strengths)
     name = SKLEARN if measured == of else f"{SKLEARN} ({measured} of {of} measured)"
     seconds[name], accuracy[name] = [swept], accuracy.pop(SKLEARN)
-    setting = f"{count:,} x {dimensions}"
-    yield from compared("probe", setting, seconds, bars={name: BAR})
+    yield from _rows(f"{count:,} x {features.shape[1]}", seconds, accuracy, name)
+
+
+def _beside_one_fit(features: np.ndarray, labels: np.ndarray, count: int, rounds: int) -> Iterator[Row]:
+    train, test, truth, answers = features[:count], features[count:], labels[:count], labels[count:]
+    device, settings = choose_hardware(Experiment()).device, LinearSettings()
+    accuracy: dict[str, float] = {}
+    strength = 0.0
+
+    def ours() -> None:
+        nonlocal strength
+        probe = fit_probe(train, truth, CLASSES, settings, seed=0, device=device)
+        strength, accuracy["ours"] = probe.strength, float((probe.scores(test).argmax(axis=1) == answers).mean())
+
+    def by_sklearn() -> None:
+        accuracy[ONCE] = float((_fit(train, truth, strength, settings).predict(test) == answers).mean())
+
+    seconds = take_turns({"ours": ours, ONCE: by_sklearn}, rounds, device_clock(device), warm_up=False, once=[ONCE])
+    yield from _rows(f"Fashion-MNIST pixels, {count:,} x {features.shape[1]}", seconds, accuracy)
+
+
+def _rows(setting: str, seconds: Seconds, accuracy: dict[str, float], judged: str | None = None) -> Iterator[Row]:
+    """Of seconds and of accuracies; `judged` is the candidate that has bars."""
+    yield from compared("probe", setting, seconds, bars={judged: BAR} if judged else {})
     for candidate, share in accuracy.items():
         ratio = None if candidate == "ours" else accuracy["ours"] / share
-        yield Row("probe", f"{setting}, accuracy", candidate, 100 * share, 100 * share, "%", ratio, EQUAL if candidate == name else None)
+        yield Row("probe", f"{setting}, accuracy", candidate, 100 * share, 100 * share, "%", ratio, EQUAL if candidate == judged else None)
 
 
 def sklearn_sweep(

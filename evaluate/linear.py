@@ -1,22 +1,22 @@
-"""Linear probe: multinomial logistic regression by full-batch L-BFGS, with the regularisation chosen without test labels.
+"""Linear probe: multinomial logistic regression, with the regularisation chosen without test labels.
 
 The objective is scikit-learn's, C * sum of cross-entropies + |W|^2 / 2 with a free intercept, so that C means the same. (For two
 classes scikit-learn writes one weight vector where this has two; its C is then half of this one.)
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from modicum.data.stratify import stratified_folds
+from modicum.evaluate.softmax_regression import SoftmaxRegression
+from modicum.hardware import has_fast_bf16
 from modicum.randomness import seed_of
 from modicum.settings import LinearSettings
 
 FEW = 20  # labels a class under which nothing is held out: the choice is made by k-fold
-ROUGH, FINE = 1e-4, 1e-6  # largest gradient entry left: to rank strengths, and in the probe that is judged
+SINGLE, DOUBLE = (3e-4, 3e-5), (1e-5, 1e-8)  # tolerances by precision: to rank strengths, and for the probe that is judged
 SMALL = 2**22  # numbers up to which the problem is solved in float64: cheap there, and it ends closer to the optimum
 
 
@@ -44,53 +44,6 @@ def standardise(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return (features - mean.astype(np.float32)) * scale.astype(np.float32)
 
 
-def solve(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    num_classes: int,
-    strengths: list[float],
-    used: torch.Tensor,
-    max_iterations: int,
-    tolerance: float,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Weights (D, P, C) and biases (P, C) for each C of `strengths`, ascending, each started from the one before.
-
-    `features` (N, D), `labels` int64 (N,), `used` bool (P, N): P problems on the same images, problem p on those in `used[p]`, solved as
-    one (their sum is separable), which costs hardly more than a single one while N is small.
-    """
-    rotation = None
-    if features.shape[0] < features.shape[1]:  # the solution lies in the span of the images: turn it into N dimensions, exactly
-        rotation, triangle = torch.linalg.qr(features.T)
-        features = triangle.T
-    problems = len(used)
-    share = (used / used.sum(dim=1, keepdim=True)).to(features.dtype)  # every image's part in its problem's mean
-    weight = features.new_zeros(features.shape[1], problems, num_classes, requires_grad=True)
-    bias = features.new_zeros(problems, num_classes, requires_grad=True)
-    targets = labels[:, None].expand(-1, problems).reshape(-1)
-    tolerance = max(tolerance, 1e-6 if features.dtype == torch.float64 else 1e-5)  # what the number format can reach
-    for strength in strengths:
-        decay = (0.5 / (strength * used.sum(dim=1))).to(features.dtype)
-        optimizer = torch.optim.LBFGS(
-            [weight, bias],
-            max_iter=max_iterations,
-            tolerance_grad=tolerance,
-            tolerance_change=tolerance / 1000,
-            line_search_fn="strong_wolfe",
-        )
-
-        def objective(optimizer: torch.optim.LBFGS = optimizer, decay: torch.Tensor = decay) -> torch.Tensor:
-            optimizer.zero_grad()
-            logits = (features @ weight.flatten(1)).unflatten(1, (problems, num_classes)) + bias
-            losses = functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none").unflatten(0, (-1, problems))
-            total = (losses * share.T).sum() + (weight.square().sum(dim=(0, 2)) * decay).sum()
-            total.backward()
-            return total
-
-        optimizer.step(objective)
-        found = weight.detach().clone()
-        yield found if rotation is None else (rotation @ found.flatten(1)).unflatten(1, found.shape[1:]), bias.detach().clone()
-
-
 def fit_probe(
     features: np.ndarray,
     labels: np.ndarray,
@@ -106,17 +59,22 @@ def fit_probe(
     with k = 5 or the smallest class's count; else on a seeded tenth. Of equal ones the strongest regularisation (the smallest C).
     """
     strengths = sorted(set(settings.strengths))
-    double = features.size <= SMALL and torch.device(device).type != "mps"  # mps has no float64
+    device = torch.device(device)
+    double = features.size <= SMALL and device.type != "mps"  # mps has no float64
     inputs = torch.from_numpy(features).to(device, torch.float64 if double else torch.float32)
-    targets = torch.from_numpy(labels).to(device)
+    regression = SoftmaxRegression(inputs, torch.from_numpy(labels).to(device), num_classes)
+    rough, fine = DOUBLE if double else SINGLE
     held, chosen = _held_out(labels, seed, validation)
     if held is None:
-        strength = strengths[(len(strengths) - 1) // 2]
+        strength, start = strengths[(len(strengths) - 1) // 2], None
     else:
-        strength = _best(inputs, targets, num_classes, strengths, torch.from_numpy(held).to(device), settings.max_iterations)
+        precision = torch.bfloat16 if not double and has_fast_bf16(device) else None
+        apart = torch.from_numpy(held).to(device)
+        strength, start = _best(regression, strengths, apart, rough, settings.max_iterations, precision)
     everything = torch.ones(1, len(labels), dtype=torch.bool, device=device)
-    [(weight, bias)] = solve(inputs, targets, num_classes, [strength], everything, settings.max_iterations, FINE)
-    return Probe(weight[:, 0].float(), bias[0].float(), strength, chosen)
+    [solution] = regression.solve(torch.tensor([strength]).to(inputs), everything, fine, settings.max_iterations, start)
+    weight, bias = regression.linear_map(solution)
+    return Probe(weight.float(), bias.float(), strength, chosen)
 
 
 def _held_out(labels: np.ndarray, seed: int, validation: np.ndarray | None) -> tuple[np.ndarray | None, str]:
@@ -135,20 +93,24 @@ def _held_out(labels: np.ndarray, seed: int, validation: np.ndarray | None) -> t
 
 
 def _best(
-    features: torch.Tensor, labels: torch.Tensor, num_classes: int, strengths: list[float], held: torch.Tensor, max_iterations: int
-) -> float:
-    if len(held) == 1:  # leave the held-out images out of the arithmetic too
-        train, others = features[~held[0]], features[held[0]]
-        used = torch.ones(1, len(train), dtype=torch.bool, device=held.device)
-        fits, truth, counted = solve(train, labels[~held[0]], num_classes, strengths, used, max_iterations, ROUGH), labels[held[0]], None
-    else:
-        others, truth, counted = features, labels, held
-        fits = solve(features, labels, num_classes, strengths, ~held, max_iterations, ROUGH)
-    correct = []
-    for weight, bias in fits:
-        right = (torch.einsum("nd,dpc->pnc", others, weight) + bias[:, None]).argmax(dim=2) == truth
-        correct.append(int((right if counted is None else right & counted).sum()))
-    return strengths[int(np.argmax(correct))]  # the first of equals is the strongest regularisation
+    regression: SoftmaxRegression,
+    strengths: list[float],
+    held: torch.Tensor,
+    tolerance: float,
+    max_iterations: int,
+    precision: torch.dtype | None,
+) -> tuple[float, torch.Tensor]:
+    """The C whose problems, one a row of `held`, name most of the images held out rightly, and their mean solution (1, C, R + 1)."""
+    folds = len(held)
+    each = torch.tensor(strengths).repeat_interleave(folds).to(regression.features)
+    solutions = regression.solve(each, ~held.repeat(len(strengths), 1), tolerance, max_iterations, precision=precision)
+    solutions = solutions.unflatten(0, (-1, folds))
+    correct = [
+        sum(int((regression.scores(one, out).argmax(dim=1) == regression.labels[out]).sum()) for one, out in zip(own, held, strict=True))
+        for own in solutions
+    ]
+    best = int(np.argmax(correct))  # the first of equals is the strongest regularisation
+    return strengths[best], solutions[best].mean(dim=0, keepdim=True)
 
 
 def cross_validated(
