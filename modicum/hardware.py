@@ -62,7 +62,7 @@ def choose_hardware(experiment: Experiment) -> Hardware:
         )
     precision = experiment.precision
     if precision == "auto":
-        precision = "bf16" if _has_fast_bf16(device) else "fp32"
+        precision = "bf16" if has_fast_bf16(device) else "fp32"
     return Hardware(device, precision, torch.get_num_threads())
 
 
@@ -79,7 +79,7 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _has_fast_bf16(device: torch.device) -> bool:
+def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # older torch cannot tell
