@@ -1,12 +1,12 @@
 """Exact search by cosine similarity: a cheap matrix product proposes rows, a proven bound on its error says which to compute properly.
 
-The product is of features less their mean m, since only differences order neighbours, and those of a network are much smaller than
-what all features share: q.x = (q - m).(x - m) + m.(x - m) + q.m, of which the last is the same for all rows of the bank. Where the processor
-multiplies bf16 fast, (q - m) and (x - m) are rounded to it. By Cauchy-Schwarz that moves no product by more than |q - m| times the longest
-remainder of the bank's rows, plus the query's remainder times the longest rounded row; remainders are measured, not estimated. At least k rows
-are as similar as the k-th largest product less the bound, and no row whose product is smaller by more than twice the bound can be one
-of the k nearest. Similarities of the others are computed in fp32, each pair by itself, so that neither the way it was proposed nor its
-place among the rows moves a bit of it.
+The product is of features less their mean m, since only differences order neighbours, and those of a network are much smaller than what
+all features share: q.x = (q - m).(x - m) + m.(x - m) + q.m, of which the last is the same for all rows. Where the processor multiplies
+bf16 fast, q - m and x - m are rounded to it. By Cauchy-Schwarz that moves no product by more than |q - m| times the longest remainder of
+a row, plus the query's remainder times the longest rounded row; remainders are measured, not estimated. At least k rows are as similar
+as the k-th largest product less the bound, and no row whose product is smaller by more than twice the bound is one of the k nearest.
+Similarities of the others are computed in fp32, each pair by itself, so that neither the way it was proposed nor its place among the
+rows moves a bit of it.
 """
 
 import warnings

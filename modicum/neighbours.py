@@ -32,12 +32,12 @@ def search(bank: np.ndarray, queries: np.ndarray, k: int, approximate: bool = Fa
     which looks only into the cells of an inverted index that lie nearest. One search with the largest k serves every smaller one.
     """
     if approximate:
-        return _inverted_index(bank).search(queries, k)
+        return inverted_index(bank).search(queries, k)
     similarities, rows = nearest(torch.from_numpy(bank), torch.from_numpy(queries), k)
     return similarities.numpy(), rows.numpy()
 
 
-def _inverted_index(bank: np.ndarray) -> Any:
+def inverted_index(bank: np.ndarray) -> Any:
     """As many cells as faiss's guide advises for the size, a sixteenth of which are looked into."""
     cells = max(1, int(4 * len(bank) ** 0.5))
     index: Any = faiss.index_factory(bank.shape[1], f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)
