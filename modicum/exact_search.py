@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modicum.hardware import has_fast_bf16
 
-CELLS = 2**24  # products held at a time
+CELLS = 2**23  # products held at a time
 PIVOTS = 256  # rows by which queries are ordered
 LARGE = 16_384  # rows from which rounding the bank to bf16 pays
 GROUPED = 32  # rows of which only the largest product is looked at for the bound; fewer than all 32 are seldom near
@@ -71,8 +71,9 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     pivots = bank[:: max(1, len(bank) // PIVOTS)]
     order = (queries @ pivots.T).argmax(dim=1).argsort()  # queries of the same surroundings after one another: the cache holds their rows
     size = max(1, CELLS // len(bank))
-    found = [_nearest(searched, queries[at], k) for at in order.split(size // 64 * 64 or size)]
-    similarities, rows = (torch.cat(parts)[order.argsort()] for parts in zip(*found, strict=True))
+    similarities, rows = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
+    for at in order.split(size // 64 * 64 or size):
+        similarities[at], rows[at] = _nearest(searched, queries[at], k)
     return similarities, rows
 
 
