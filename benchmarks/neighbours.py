@@ -107,7 +107,7 @@ def approximate(num_bank: int, num_queries: int, dimensions: int) -> Iterator[Ro
     _, found = index.search(queries, K)
     seconds = {"exact": (0.0, middle - start), "inverted index": (built - middle, time.perf_counter() - built)}
     setting = f"{num_queries:,} queries in {num_bank:,} x {dimensions}"
-    recall = 100 * np.mean([len(np.intersect1d(*both)) for both in zip(truth, found, strict=True)]) / K
+    recall = 100 * float(np.mean([len(np.intersect1d(*both)) for both in zip(truth, found, strict=True)])) / K
     yield figure(f"{setting}, recall", "inverted index", recall, "% of the exact")
     rows, size, asked = 1_281_167, 2048, 50_000
     work = rows * size / (num_bank * dimensions)
