@@ -6,10 +6,10 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from torch import Tensor
+
+from modicum.exact_search import nearest
 
 CHUNK = 4096  # queries that vote at a time: bounds the memory of (queries x classes) tables
-CELLS = 16_000_000  # similarities held at a time
 
 
 def normalise(features: np.ndarray) -> np.ndarray:
@@ -32,28 +32,12 @@ def search(bank: np.ndarray, queries: np.ndarray, k: int, approximate: bool = Fa
     which looks only into the cells of an inverted index that lie nearest. One search with the largest k serves every smaller one.
     """
     if approximate:
-        return _inverted_index(bank).search(queries, k)
-    images, asked = torch.from_numpy(bank), torch.from_numpy(queries)
-    found = [_largest(part @ images.T, k) for part in asked.split(max(1, CELLS // len(images)))]
-    similarities, rows = (torch.cat(parts).numpy() for parts in zip(*found, strict=True))
-    return similarities, rows
+        return inverted_index(bank).search(queries, k)
+    similarities, rows = nearest(torch.from_numpy(bank), torch.from_numpy(queries), k)
+    return similarities.numpy(), rows.numpy()
 
 
-def _largest(similar: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The `k` largest of each row (Q, N), descending, and their places; of equal ones those further left."""
-    found = similar.topk(min(k + 1, similar.shape[1]))
-    places = found.indices[:, :k]
-    if k < similar.shape[1] and len(tied := (found.values[:, k - 1] == found.values[:, k]).nonzero()[:, 0]):
-        last = found.values[tied, k - 1, None]  # which of those as large as the last `topk` takes is chance
-        above, equal = similar[tied] > last, similar[tied] == last
-        chosen = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
-        places[tied] = chosen.nonzero()[:, 1].view(-1, k)
-    places = places.sort(dim=1).values
-    values, order = similar.gather(1, places).sort(dim=1, descending=True, stable=True)
-    return values, places.gather(1, order)
-
-
-def _inverted_index(bank: np.ndarray) -> Any:
+def inverted_index(bank: np.ndarray) -> Any:
     """As many cells as faiss's guide advises for the size, a sixteenth of which are looked into."""
     cells = max(1, int(4 * len(bank) ** 0.5))
     index: Any = faiss.index_factory(bank.shape[1], f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)

@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from sklearn.neighbors import KNeighborsClassifier
 
+from modicum import exact_search
 from modicum.neighbours import normalise, scores, search, usable
 
 
@@ -86,6 +88,95 @@ def test_of_equally_similar_images_the_lower_rows_are_found():
     assert (similarities == 1).all()
     _, more = search(bank, bank[[7]], 9)
     assert more.tolist() == [[6, 7, 8, 9, 10, 11, 0, 1, 2]]
+
+
+def pair_by_pair(bank, queries, k):
+    """Similarities of all pairs as the search computes those that it proposes, and the k best, of equal ones the lower row."""
+    bank, queries = torch.from_numpy(bank), torch.from_numpy(queries)
+    every = torch.arange(len(bank)).repeat(len(queries))
+    ends = torch.arange(len(queries) + 1) * len(bank)
+    similarities, rows = exact_search._most_similar(bank, queries, ends, every, k)
+    return similarities.numpy(), rows.numpy()
+
+
+def shared_mean(random, size):
+    """What a network without a projection gives: all features alike but for a little."""
+    return 5 + 0.01 * random.normal(size=(size, 24))
+
+
+def near_duplicates(random, size):
+    """Closer to one another than bf16 can tell, and than fp32 nearly."""
+    return random.normal(size=(10, 24))[random.integers(0, 10, size)] + 1e-6 * random.normal(size=(size, 24))
+
+
+def copies(random, size):
+    return random.normal(size=(7, 24))[random.integers(0, 7, size)]
+
+
+def with_zeros(random, size):
+    return np.where(random.random((size, 1)) < 0.5, 0, random.normal(size=(size, 24)))
+
+
+def constant(random, size):
+    return np.ones((size, 24))
+
+
+def opposite(random, size):
+    """Most of the bank lies together, and a few rows far from it, so that bounds are loose."""
+    return np.where(random.random((size, 1)) < 0.02, -1, 1) * (1 + 0.05 * random.normal(size=(size, 24)))
+
+
+@pytest.mark.parametrize("features", [shared_mean, near_duplicates, copies, with_zeros, constant, opposite])
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize(("size", "k"), [(1, 1), (40, 40), (300, 7), (3000, 9)])
+def test_a_search_finds_what_comparing_every_pair_finds_to_the_last_bit(features, rounded, size, k, monkeypatch):
+    monkeypatch.setattr(exact_search, "LARGE", 1 if rounded else size + 1)
+    monkeypatch.setattr(exact_search, "has_fast_bf16", lambda device: True)
+    drawn = normalise(features(np.random.default_rng(0), size + 50))
+    bank, queries = drawn[:size], drawn[size:]
+    similarities, found = search(bank, queries, k)
+    expected = pair_by_pair(bank, queries, k)
+    np.testing.assert_array_equal(found, expected[1])
+    np.testing.assert_array_equal(similarities, expected[0])
+    truth = np.take_along_axis(queries.astype(np.float64) @ bank.T.astype(np.float64), found, axis=1)
+    np.testing.assert_allclose(similarities, truth, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("features", [shared_mean, near_duplicates, copies, with_zeros, constant, opposite])
+def test_no_product_is_further_off_than_its_bound(features, kind):
+    random = np.random.default_rng(1)
+    rows, queries = (torch.from_numpy(normalise(features(random, size))) for size in (500, 60))
+    bank = exact_search.Bank(rows, kind == torch.bfloat16)
+    products, bound = bank.products(queries)
+    constant = queries.double() @ bank.mean.double()
+    off = (products.double() - (queries.double() @ rows.double().T - constant[:, None])).abs()
+    assert products.dtype == kind
+    assert (off <= bound + bank.unit * products.double().abs()).all()
+
+
+def test_few_rows_are_computed_twice_where_features_share_a_mean(monkeypatch):
+    proposed = []
+    chosen = exact_search._most_similar
+    monkeypatch.setattr(exact_search, "_most_similar", lambda *given: proposed.append(len(given[3])) or chosen(*given))
+    monkeypatch.setattr(exact_search, "has_fast_bf16", lambda device: True)
+    random = np.random.default_rng(0)
+    bank, queries = (normalise(2 + random.normal(size=(size, 24))) for size in (20_000, 50))
+    search(bank, queries, 20)
+    assert 50 * 20 <= sum(proposed) < 50 * 20 * 3
+
+
+def test_rows_that_are_no_numbers_leave_no_search_without_an_answer():
+    bank = normalise(np.eye(6))
+    bank[3] = np.nan
+    _, found = search(bank, bank[:2], 3)
+    assert found[:, 0].tolist() == [3, 3]
+    assert found[:, 1].tolist() == [0, 1]
+
+
+def test_no_queries_have_no_neighbours():
+    similarities, found = search(np.eye(4, dtype=np.float32), np.empty((0, 4), dtype=np.float32), 3)
+    assert similarities.shape == found.shape == (0, 3)
 
 
 def test_an_approximate_search_finds_most_of_what_the_exact_one_does():

@@ -1,0 +1,122 @@
+"""Exact search by cosine similarity: a cheap matrix product proposes rows, a proven bound on its error says which to compute properly.
+
+The product is of features less their mean m, since only differences order neighbours, and those of a network are much smaller than what
+all features share: q.x = (q - m).(x - m) + m.(x - m) + q.m, of which the last is the same for all rows. Where the processor multiplies
+bf16 fast, q - m and x - m are rounded to it. By Cauchy-Schwarz that moves no product by more than |q - m| times the longest remainder of
+a row, plus the query's remainder times the longest rounded row; remainders are measured, not estimated. At least k rows are as similar
+as the k-th largest product less the bound, and no row whose product is smaller by more than twice the bound is one of the k nearest.
+Similarities of the others are computed in fp32, each pair by itself, so that neither the way it was proposed nor its place among the
+rows moves a bit of it.
+"""
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modicum.hardware import has_fast_bf16
+
+CELLS = 2**23  # products held at a time
+PIVOTS = 256  # rows by which queries are ordered
+LARGE = 16_384  # rows from which rounding the bank to bf16 pays
+GROUPED = 32  # rows of which only the largest product is looked at for the bound; fewer than all 32 are seldom near
+UNIT = 2.0**-24  # largest relative error of rounding to fp32
+SAFETY = 1.01  # for the rounding of the bounds themselves
+
+
+class Bank:
+    """Rows float32 (N, D) to be searched, and their rounded copy, of half their size, where `rounded`."""
+
+    def __init__(self, rows: Tensor, rounded: bool) -> None:
+        self.rows, self.kind = rows, torch.bfloat16 if rounded else torch.float32
+        self.unit = torch.finfo(self.kind).eps / 2
+        self.mean = rows.mean(dim=0)
+        self.cheap = torch.empty(len(rows), rows.shape[1] + 2, dtype=self.kind)
+        longest = torch.zeros(5)
+        for at in range(0, len(rows), 4096):
+            part = rows[at : at + 4096]
+            centred = part - self.mean
+            offset = (centred @ self.mean)[:, None]
+            cheap = torch.cat([centred, offset], dim=1).to(self.kind)
+            # the offset is as large as the product, so that what rounding leaves of it has a column of its own
+            self.cheap[at : at + 4096] = torch.cat([cheap, (offset - cheap[:, -1:]).to(self.kind)], dim=1)
+            lost = centred - cheap[:, :-1]
+            longest = longest.maximum(torch.stack([_length(x).max() for x in (part, centred, cheap[:, :-1].float(), lost, offset)]))
+        self.longest, self.longest_centred, self.longest_cheap, self.longest_lost, self.largest_offset = longest.tolist()
+
+    def products(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """For `queries` float32 (Q, D): products (Q, N), which are the similarities but for a constant a query, and bounds (Q, 1) on
+        how far, before it is rounded to the table's precision, any may be off."""
+        centred = queries - self.mean
+        cheap = torch.cat([centred, torch.ones(len(queries), 2)], dim=1).to(self.kind)
+        length, lost = _length(centred), _length(centred - cheap[:, :-2])
+        rounding = length * self.longest_lost + lost * self.longest_cheap + self.unit**2 * self.largest_offset
+        # n sums of n + 1 terms each are off by n units of the terms' sizes at most, in whatever order they are added
+        sums = _length(queries) * self.longest + 2 * length * self.longest_centred + self.largest_offset
+        sums += float(self.mean.norm()) * self.longest_centred
+        return cheap @ self.cheap.T, SAFETY * (rounding + (queries.shape[1] + 8) * UNIT * sums)[:, None]
+
+
+def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The `k` most similar rows of `bank` float32 (N, D) for each of `queries` (Q, D): similarities float32 and rows int64, (Q, k).
+
+    Most similar first, of equally similar rows the lower one first; fewer where the bank has fewer. Similarities do not depend on the
+    processor's bf16: it moves only how many rows are computed twice.
+    """
+    k = min(k, len(bank))
+    if not len(queries):
+        return queries.new_empty(0, k), torch.empty(0, k, dtype=torch.int64)
+    searched = Bank(bank, rounded=len(bank) >= LARGE and has_fast_bf16(bank.device))
+    pivots = bank[:: max(1, len(bank) // PIVOTS)]
+    order = (queries @ pivots.T).argmax(dim=1).argsort()  # queries of the same surroundings after one another: the cache holds their rows
+    size = max(1, CELLS // len(bank))
+    similarities, rows = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
+    for at in order.split(size // 64 * 64 or size):
+        similarities[at], rows[at] = _nearest(searched, queries[at], k)
+    return similarities, rows
+
+
+def _nearest(bank: Bank, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    products, bound = bank.products(queries)
+    kth = _at_most_kth(products, k)
+    certain = kth - bank.unit * kth.abs() - 2 * bound  # what k rows reach for certain, as a product that may be off
+    least = (certain - 3 * bank.unit * certain.abs()).to(bank.kind)  # once for products, twice for itself
+    flat = torch.from_numpy(np.flatnonzero(_not_below(products, least)))
+    ends = torch.searchsorted(flat, torch.arange(1, len(queries) + 1) * len(bank.rows))
+    return _most_similar(bank.rows, queries, torch.cat([ends.new_zeros(1), ends]), flat % len(bank.rows), k)
+
+
+def _not_below(products: Tensor, least: Tensor) -> np.ndarray:
+    """bool (Q, N). NaN, of which no bound is known, is not below."""
+    if products.dtype == torch.bfloat16 and bool((least > 0).all()):  # bits of positive numbers are in their order, and quick to compare
+        return products.view(torch.int16).numpy() >= least.view(torch.int16).numpy()
+    return ~(products < least).numpy()
+
+
+def _at_most_kth(products: Tensor, k: int) -> Tensor:
+    """(Q, 1): a value that at least `k` products (Q, N) of each query reach; the k-th largest, or little less."""
+    groups = products.shape[1] // GROUPED // 8 * 8  # a multiple of 8 keeps vector instructions aligned
+    if groups >= 4 * k:
+        products = products[:, : groups * GROUPED].unflatten(1, (GROUPED, groups)).amax(dim=1)
+    position = products.shape[1] - k
+    return torch.from_numpy(np.partition(products.float().numpy(), position, axis=1)[:, position, None])
+
+
+def _most_similar(bank: Tensor, queries: Tensor, ends: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best `k` of the rows proposed, `rows[ends[q] : ends[q + 1]]` ascending for query q, at least `k` each."""
+    with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants(enable=False):
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
+        proposed = torch.sparse_csr_tensor(ends, rows, torch.zeros(len(rows)), (len(queries), len(bank)))
+        similar = torch.sparse.sampled_addmm(proposed, queries, bank.T, beta=0).values()
+    counts = ends.diff()
+    table = torch.full((len(counts), int(counts.max())), -torch.inf)
+    query = torch.repeat_interleave(counts)
+    place = torch.arange(len(rows)) - ends[query]
+    table[query, place] = similar
+    values, order = table.sort(dim=1, descending=True, stable=True)
+    return values[:, :k], rows[ends[:-1, None] + order[:, :k]]
+
+
+def _length(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1)
