@@ -53,6 +53,19 @@ def in_full_precision(function: Function) -> Function:
     return cast(Function, wrapped)
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use: its share where torchrun started several on the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on `device` that the host does not wait for. Only pinned memory can be copied so, and only CUDA knows it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def choose_hardware(experiment: Experiment) -> Hardware:
     """The hardware that `device` and `precision` ask for. Raises InputError for a device this machine lacks."""
     device, ranks = _device(experiment.device), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
