@@ -10,16 +10,17 @@ from typing import Any, TypeVar, cast
 import torch
 
 from modicum.errors import InputError
-from modicum.settings import Experiment
+from modicum.settings import Auto, Experiment
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where and how a run computes. Precision and threads move the last bits, so a resumed run takes them from its state."""
+    """Where and how a run computes. All but the device moves the last bits, so a resumed run takes it from its state."""
 
     device: torch.device
     precision: str  # bf16 | fp32
     threads: int
+    compile: bool | Auto = False  # the student's backbone, in training
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """bf16 where chosen: matrix products and convolutions in bf16, everything delicate in fp32."""
@@ -27,13 +28,18 @@ class Hardware:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
+    def uncompiled(self) -> contextlib.AbstractContextManager[object]:
+        """For what is done seldom: in evaluation mode or at another batch size a compiled network would be compiled once more."""
+        return torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext()
+
     def describe(self) -> str:
         name = (
             torch.cuda.get_device_name(self.device)
             if self.device.type == "cuda"
             else f"{self.threads} thread{'' if self.threads == 1 else 's'}"
         )
-        return f"{self.device}, {name}, {self.precision}"
+        compiled = {True: ", compiled", False: "", "auto": ", compiled if a stage is long" if self.device.type == "cuda" else ""}
+        return f"{self.device}, {name}, {self.precision}{compiled[self.compile]}"
 
 
 Function = TypeVar("Function", bound=Callable[..., torch.Tensor])
@@ -76,7 +82,7 @@ def choose_hardware(experiment: Experiment) -> Hardware:
     precision = experiment.precision
     if precision == "auto":
         precision = "bf16" if _has_fast_bf16(device) else "fp32"
-    return Hardware(device, precision, torch.get_num_threads())
+    return Hardware(device, precision, torch.get_num_threads(), experiment.compile)
 
 
 def _device(name: str) -> torch.device:
