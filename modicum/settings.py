@@ -167,7 +167,9 @@ class Experiment(Settings):
     seed: int = Field(0, description="initialisation, order of the images, views")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of the networks; auto: bf16 where the hardware has it")
-    compile: Auto | bool = Field("auto", description="torch.compile of the backbone in training; auto: on CUDA, in stages of 10,000 steps or more")
+    compile: Auto | bool = Field(
+        "auto", description="torch.compile of the backbone in training; auto: on CUDA, in stages of 10,000 steps or more"
+    )
     data: DataSettings = DataSettings()
     backbone: BackboneSettings = BackboneSettings()
     pretrain: PretrainSettings = PretrainSettings()

@@ -139,7 +139,7 @@ NEED = 45 * 3 * SIZE * SIZE
 def room(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Free bytes by the name of a folder; elsewhere there is none."""
     free: dict[str, int] = {}
-    usage = namedtuple("usage", "free")  # noqa: PYI024
+    usage = namedtuple("usage", "free")
     monkeypatch.setattr(pixel_cache.shutil, "disk_usage", lambda place: usage(free.get(Path(place).name, 0)))
     return free
 
@@ -178,7 +178,7 @@ def test_the_second_place_serves_where_the_first_has_no_room(root: Path, room: d
 
 
 def test_images_in_memory_have_no_cache_to_choose() -> None:
-    with pytest.raises(InputError, match="data.cache is for folders of images; digits is kept in memory"):
+    with pytest.raises(InputError, match=r"data\.cache is for folders of images; digits is kept in memory"):
         load_images(DataSettings(name="digits", cache="none"))
 
 

@@ -13,7 +13,7 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class Images:
-    """A whole data set in memory, memory-mapped or read anew from its files: training images first or not, the manifest says which is which.
+    """A whole data set, in memory, mapped or read anew from files: training images first or not, the manifest says which is which.
 
     `manifest` has one row an image, in the order of `pixels`: `id` (stable text, unique), `path` (relative to the root with
     `/`, or a made-up one such as `train/00012` for built-in sets), `label` (int64, 0..C-1, or -1 for unknown) and `split`
