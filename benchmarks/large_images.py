@@ -72,7 +72,7 @@ def run(quick: bool) -> Iterator[Row]:
             seconds = take_turns({"ours": ours, PEER: decode}, rounds, clock)
             yield from compared("large_images", f"{setting}, {title}", seconds, unit="images/s", amounts=amounts)
 
-        steps, batch = (2, 4) if quick else (6, BATCH)
+        steps, batch = (1, 2) if quick else (6, BATCH)
         works = {"ours": train(kept, steps, batch), AHEAD: train(anew, steps, batch), WITHIN: train(anew, steps, batch, ahead=False)}
         seconds = take_turns(works, rounds, device_clock(choose_hardware(Experiment()).device))
         amounts = dict.fromkeys(works, steps * batch)

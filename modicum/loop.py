@@ -143,7 +143,7 @@ class Training:
             self.hardware = replace(self.hardware, compile=earns_compilation(self.hardware.device, self.steps))
         if not self.hardware.compile:
             return
-        say(f"{self.title}: the backbone is compiled, which takes a minute or more")
+        say(f"{self.title}: the backbone is compiled for {self.steps:,} steps, which takes a minute or more")
         before = copy.deepcopy(self.method.state_dict())
 
         def step() -> None:

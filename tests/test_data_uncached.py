@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 from modicum.cli import main
 from modicum.data import image_files, pixel_cache
+from modicum.data.decode import decode
 from modicum.data.image_files import ImageFiles
 from modicum.data.images import Images
 from modicum.data.sources import load_images
@@ -175,6 +177,28 @@ def test_the_second_place_serves_where_the_first_has_no_room(root: Path, room: d
     room[next(place.iterdir()).name] = NEED
     assert isinstance(load(root, "disk").pixels, torch.Tensor)
     assert list(place.glob("*/*-24px-3ch-bilinear.npy"))
+
+
+def test_processes_that_start_together_decode_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[Path] = []
+
+    def counted(path: Path, *sizes: int) -> np.ndarray:
+        decoded.append(path)
+        return decode(path, *sizes)
+
+    monkeypatch.setattr(pixel_cache, "decode", counted)
+    with ThreadPoolExecutor(3) as pool:  # a lock belongs to who opened the file, threads too
+        first, *others = pool.map(lambda _: load(root, "auto").pixels[:], range(3))
+    assert all(torch.equal(first, other) for other in others)
+    assert len(decoded) == 45
+
+
+def test_a_cache_that_is_there_needs_no_place_to_write_to(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = load(root, "disk").pixels
+    monkeypatch.setattr(pixel_cache, "_is_writable", lambda place: False)
+    assert torch.equal(load(root, "disk").pixels, kept)
+    with pytest.raises(InputError, match="can be written to: the decoded images need a place"):
+        load_images(DataSettings(root=root, image_size=8))
 
 
 def test_images_in_memory_have_no_cache_to_choose() -> None:

@@ -51,8 +51,11 @@ class Decoded:
     def shape(self) -> tuple[int, int, int, int]:
         return len(self.tree.files), self.channels, self.image_size, self.image_size
 
-    def open(self, place: Path, keep: bool) -> tuple[Pixels, np.ndarray] | None:
-        """Pixels and digests that lie in `place`, if they do; without `keep` the digests alone, and the images to read anew."""
+    def find(self, places: list[Path], keep: bool) -> tuple[Pixels, np.ndarray] | None:
+        """Pixels and digests, from the first of `places` that holds them; without `keep` the digests alone, and the images to read anew."""
+        return next(filter(None, (self._open(place, keep) for place in places)), None)
+
+    def _open(self, place: Path, keep: bool) -> tuple[Pixels, np.ndarray] | None:
         try:
             digests = np.load(place / f"{self.name}.digests.npy")
             # Read-only: a private writable mapping counts as memory, and Linux refuses one larger than the machine has.
@@ -104,18 +107,20 @@ def open_pixels(tree: Tree, settings: DataSettings, places: list[Path]) -> tuple
     Raises InputError listing every unreadable image, and where there is no room for what is to be kept.
     """
     listing = digest([VERSION, *tree.files])
+    decoded = Decoded(tree, listing, *_size_and_channels(tree, listing, settings, places))
+    keep = settings.cache != "none"
+    found = decoded.find(places, keep)
+    if found:
+        return found
     with _alone(_writable(places)):
-        decoded = Decoded(tree, listing, *_size_and_channels(tree, listing, settings, places))
-        keep = settings.cache != "none"
-        for place in places:
-            found = decoded.open(place, keep)
-            if found:
-                return found
+        found = decoded.find(places, keep)  # another process may have made it meanwhile
+        if found:
+            return found
         place, keep = _room(decoded, places, settings.cache)
-        found = decoded.open(place, keep)
+        found = decoded.find([place], keep)  # digests, of pixels that there was no room for before either
         if not found:
             decoded.build(place, keep)
-            found = decoded.open(place, keep)
+            found = decoded.find([place], keep)
         assert found
         return found
 
