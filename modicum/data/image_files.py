@@ -65,12 +65,15 @@ class ImageFiles:
             generator=torch.Generator(),  # its own: one draw from torch's global generator would move the run's dropout
         )
         pieces = iter(loader)
-        for rows in wanted:
-            parts = [next(pieces) for _ in rows.split(PIECE)]
-            for part in parts:
-                if isinstance(part, InputError):
-                    raise part
-            yield torch.cat(parts)
+        try:
+            for rows in wanted:
+                parts = [next(pieces) for _ in rows.split(PIECE)]
+                for part in parts:
+                    if isinstance(part, InputError):
+                        raise part
+                yield torch.cat(parts)
+        finally:
+            del pieces  # which ends the workers now: an error's traceback would keep them
 
     def subset(self, rows: np.ndarray) -> "ImageFiles":
         """Some of the images, without reading any."""
