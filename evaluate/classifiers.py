@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from modicum.checkpoint import load_classifier
+from modicum.data.image_files import Pixels
 from modicum.evaluate import galleries, metrics
 from modicum.evaluate.features import FeatureStore, apply_head
 from modicum.evaluate.report import Pictures
@@ -25,7 +25,7 @@ class Classifiers:
         self.folder, self.out = session.folder.stage("finetune"), session.folder.stage("evaluate")
         self.sets, self.store, self.judge, self.found = sets, store, judge, found
 
-    def scores(self, folder: Path, name: str, pixels: torch.Tensor) -> np.ndarray:
+    def scores(self, folder: Path, name: str, pixels: Pixels) -> np.ndarray:
         """Logits (N, C) of the classifier in `folder`; its features are taken from the store if `name` is there already."""
         classifier, preprocessing, _ = load_classifier(folder)
         return apply_head(classifier.head, self.store.features(name, classifier.backbone, preprocessing, pixels), self.hardware)
@@ -49,7 +49,7 @@ class Classifiers:
     def judge_baselines(self) -> None:
         if not len(self.sets.test):
             return
-        pixels = self.images.pixels[self.sets.test]
+        pixels = self.images.subset(self.sets.test)
         start = "random" if self.settings.init == "random" else "pretrained"
         for name, features in (("random", "random"), ("pretrained", start), ("all_labels", start)):
             folder = self.folder / "baselines" / name / "classifier"
@@ -64,7 +64,7 @@ class Classifiers:
         if not held_out or not all(folder.exists() for folder in folders):
             return
         scores = [
-            self.scores(folder, f"refit_{number}", self.images.pixels[rows])
+            self.scores(folder, f"refit_{number}", self.images.subset(rows))
             for number, (folder, rows) in enumerate(zip(folders, held_out, strict=True), start=1)
         ]
         truth, few = self.sets.labels[np.concatenate(held_out)], len(self.sets.few)

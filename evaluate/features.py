@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
-from torch.nn import functional
 
 from modicum.checkpoint import Preprocessing
+from modicum.data.image_files import ImageFiles, Pixels
 from modicum.files import write_atomically
 from modicum.hardware import Hardware
 from modicum.record import progress
@@ -30,14 +30,14 @@ def prepare(pixels: torch.Tensor, preprocessing: Preprocessing, device: torch.de
 
 @torch.inference_mode()
 def extract(
-    network: nn.Module, pixels: torch.Tensor, preprocessing: Preprocessing, hardware: Hardware, batch_size: int, description: str
+    network: nn.Module, pixels: Pixels, preprocessing: Preprocessing, hardware: Hardware, batch_size: int, description: str
 ) -> torch.Tensor:
     """Outputs float32 (N, D) on the CPU of `network`, in evaluation mode, for `pixels` uint8 (N, C, S, S)."""
     network = network.to(hardware.device).to(memory_format=torch.channels_last).eval()
     outputs = []
     with progress(description, len(pixels)) as advance:
-        for start in range(0, len(pixels), batch_size):
-            batch = prepare(pixels[start : start + batch_size], preprocessing, hardware.device)
+        for part in pixels.split(batch_size):
+            batch = prepare(part, preprocessing, hardware.device)
             with hardware.autocast():
                 output = network(batch)
             outputs.append(output.float().cpu())
@@ -51,15 +51,19 @@ def apply_head(head: nn.Module, features: torch.Tensor, hardware: Hardware) -> n
     return head.to(hardware.device).eval()(features.to(hardware.device)).float().cpu().numpy()
 
 
-def raw_pixels(pixels: torch.Tensor) -> tuple[np.ndarray, str]:
+def raw_pixels(pixels: Pixels) -> tuple[np.ndarray, str]:
     """Pixels as features float32 (N, D) in 0..1, and the words for it; large images are averaged down to 32 pixels a side."""
-    if pixels.shape[-1] <= LARGEST_RAW:
-        return pixels.flatten(1).float().div_(255).numpy(), ""
-    parts = [functional.adaptive_avg_pool2d(part.float().div_(255), POOLED).flatten(1) for part in pixels.split(1024)]
-    return torch.cat(parts).numpy(), f"Raw pixels were averaged down from {pixels.shape[-1]} to {POOLED} pixels a side."
+    side = pixels.shape[-1]
+    pooled = side > LARGEST_RAW
+    pool = nn.AdaptiveAvgPool2d(POOLED) if pooled else nn.Identity()
+    parts = [pool(part.float().div_(255)).flatten(1) for part in pixels.split(1024)]
+    note = f"Raw pixels were averaged down from {side} to {POOLED} pixels a side." if pooled else ""
+    return torch.cat(parts).numpy(), note
 
 
-def pixels_fingerprint(pixels: torch.Tensor) -> str:
+def pixels_fingerprint(pixels: Pixels) -> str:
+    if isinstance(pixels, ImageFiles):
+        return pixels.fingerprint
     digest = hashlib.sha256(repr(tuple(pixels.shape)).encode())
     for part in pixels.split(4096):
         digest.update(part.contiguous().numpy().data)
@@ -97,9 +101,9 @@ class FeatureStore:
     def __init__(self, folder: Path, hardware: Hardware, batch_size: int, elsewhere: Path | None = None) -> None:
         self.places = [folder, elsewhere] if elsewhere else [folder]
         self.hardware, self.batch_size = hardware, batch_size
-        self._pixels: dict[int, tuple[torch.Tensor, str]] = {}  # the tensor too: freed, its id would go to another
+        self._pixels: dict[int, tuple[Pixels, str]] = {}  # the tensor too: freed, its id would go to another
 
-    def features(self, name: str, network: nn.Module, preprocessing: Preprocessing, pixels: torch.Tensor) -> torch.Tensor:
+    def features(self, name: str, network: nn.Module, preprocessing: Preprocessing, pixels: Pixels) -> torch.Tensor:
         """float32 (N, D) for `pixels` uint8 (N, C, S, S), from a file `name`.safetensors if it holds just these."""
         if id(pixels) not in self._pixels:
             self._pixels[id(pixels)] = pixels, pixels_fingerprint(pixels)

@@ -60,7 +60,7 @@ def _with_exit_status(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*arguments: Any, **options: Any) -> None:
         try:
             command(*arguments, **options)
-        except (InputError, Interrupted, KeyboardInterrupt, OSError) as error:
+        except (InputError, Interrupted, KeyboardInterrupt, OSError, RuntimeError) as error:
             status, message = _ending(error)
             if status is None:
                 raise
@@ -81,6 +81,9 @@ def _ending(error: BaseException) -> tuple[int | None, str]:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" at {error.filename}" if error.filename else ""
         return 1, f"The disk is full{where}. Nothing saved is lost: make room, and the same command goes on from the last saved state."
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        why = "most likely for want of memory, or of shared memory (/dev/shm)"
+        return 1, f"A process that decodes images was lost, {why}: {error} The same command goes on from the last saved state."
     return None, ""
 
 

@@ -10,16 +10,17 @@ from typing import Any, TypeVar, cast
 import torch
 
 from modicum.errors import InputError
-from modicum.settings import Experiment
+from modicum.settings import Auto, Experiment
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where and how a run computes. Precision and threads move the last bits, so a resumed run takes them from its state."""
+    """Where and how a run computes. All but the device moves the last bits, so a resumed run takes it from its state."""
 
     device: torch.device
     precision: str  # bf16 | fp32
     threads: int
+    compile: bool | Auto = False  # the student's backbone, in training
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """bf16 where chosen: matrix products and convolutions in bf16, everything delicate in fp32."""
@@ -27,13 +28,18 @@ class Hardware:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
+    def uncompiled(self) -> contextlib.AbstractContextManager[object]:
+        """For what is done seldom: in evaluation mode or at another batch size a compiled network would be compiled once more."""
+        return torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext()
+
     def describe(self) -> str:
         name = (
             torch.cuda.get_device_name(self.device)
             if self.device.type == "cuda"
             else f"{self.threads} thread{'' if self.threads == 1 else 's'}"
         )
-        return f"{self.device}, {name}, {self.precision}"
+        compiled = {True: ", compiled", False: "", "auto": ", compiled if a stage is long" if self.device.type == "cuda" else ""}
+        return f"{self.device}, {name}, {self.precision}{compiled[self.compile]}"
 
 
 Function = TypeVar("Function", bound=Callable[..., torch.Tensor])
@@ -53,6 +59,19 @@ def in_full_precision(function: Function) -> Function:
     return cast(Function, wrapped)
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use: its share where torchrun started several on the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on `device` that the host does not wait for. Only pinned memory can be copied so, and only CUDA knows it."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def choose_hardware(experiment: Experiment) -> Hardware:
     """The hardware that `device` and `precision` ask for. Raises InputError for a device this machine lacks."""
     device, ranks = _device(experiment.device), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -63,7 +82,7 @@ def choose_hardware(experiment: Experiment) -> Hardware:
     precision = experiment.precision
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(device) else "fp32"
-    return Hardware(device, precision, torch.get_num_threads())
+    return Hardware(device, precision, torch.get_num_threads(), experiment.compile)
 
 
 def _device(name: str) -> torch.device:

@@ -1,5 +1,6 @@
 """The only training loop, of stage one and stage two alike. It knows methods and steps: no stage, no teacher, no label."""
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -12,13 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modicum import distributed
 from modicum.checkpoint import load_state, save_state
+from modicum.compilation import compile_backbones, earns_compilation
 from modicum.data.stream import Batch
 from modicum.errors import InputError, Preempted
 from modicum.hardware import Hardware
 from modicum.method import Method, Progress
 from modicum.optim import Schedule, learning_rate
 from modicum.randomness import seed_of
-from modicum.record import Metrics, is_rank_zero, progress, warn
+from modicum.record import Metrics, is_rank_zero, progress, say, warn
 from modicum.signals import StopSignal
 
 Reading = tuple[Tensor, Tensor]  # numerator and denominator, summed over the steps of a log interval before they are divided
@@ -60,11 +62,12 @@ class Training:
 
         Raises Interrupted or Preempted after saving, and InputError when the loss is no longer finite.
         """
-        method = self.method.to(self.hardware.device).to(memory_format=torch.channels_last)
+        method = self.method.to(self.hardware.device).to(memory_format=torch.channels_last).train()
         totals = _Totals()
         start = self._resume(totals)
+        torch.set_num_threads(self.hardware.threads)
+        self._compile(start)
         hardware = self.hardware
-        torch.set_num_threads(hardware.threads)
         metrics = Metrics(self.folder / "metrics.csv", start)
         trained: nn.Module = method
         if distributed.world_size() > 1:
@@ -76,7 +79,6 @@ class Training:
                 )
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         saved_at = time.monotonic()
-        method.train()
         with StopSignal() as stop, progress(self.title, self.steps * self.batch_size, completed=start * self.batch_size) as advance:
             for step in range(start, self.steps):
                 torch.manual_seed(seed_of(self.seed, self.title, step))  # dropout and its kin
@@ -84,7 +86,8 @@ class Training:
                 method.progress = Progress(step, self.steps)
                 batch = self.batch(step)
                 if step == 0:
-                    with hardware.autocast():  # its own: weights cast without gradient would be kept for the step
+                    # Its own autocast: weights cast without gradient would be kept for the step.
+                    with hardware.autocast(), hardware.uncompiled():
                         method.prepare(batch)
                 with hardware.autocast():
                     loss = trained(batch)
@@ -111,7 +114,8 @@ class Training:
                     advance(0, note=f"loss {values['loss']:.3f}")
                 for monitor in self.monitors:
                     if done % monitor.every == 0 or last:
-                        metrics.write(done, monitor.read())
+                        with hardware.uncompiled():
+                            metrics.write(done, monitor.read())
                 advance(self.batch_size)
                 stopping = distributed.anywhere(stop.requested is not None)
                 if is_rank_zero() and (stopping or last or time.monotonic() - saved_at > SAVE_SECONDS):
@@ -133,9 +137,33 @@ class Training:
         totals.sums = {name: value.to(self.hardware.device) for name, value in state["totals"].items()}
         return int(state["step"])
 
+    def _compile(self, start: int) -> None:
+        """Settles whether the student's backbone is compiled, which a step for nothing shows: the state is then as it was."""
+        if self.hardware.compile == "auto":
+            self.hardware = replace(self.hardware, compile=earns_compilation(self.hardware.device, self.steps))
+        if not self.hardware.compile:
+            return
+        say(f"{self.title}: the backbone is compiled for {self.steps:,} steps, which takes a minute or more")
+        before = copy.deepcopy(self.method.state_dict())
+
+        def step() -> None:
+            self.method.progress = Progress(start, self.steps)
+            with self.hardware.autocast():
+                loss = self.method(self.batch(start))
+            loss.total.backward()
+
+        try:
+            took = compile_backbones(self.method.student, step, self.folder / "compiled")
+            say(f"{self.title}: compiled in {took}")
+        except RuntimeError as error:
+            self.hardware = replace(self.hardware, compile=False)
+            warn(f"{self.title}: not compiled, which changes nothing but speed ({str(error).strip().splitlines()[0]})")
+        self.method.zero_grad()
+        self.method.load_state_dict(before)
+
     def _save(self, step: int, totals: "_Totals") -> None:
         state = {"step": step, "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "totals": totals.sums}
-        hardware = {"precision": self.hardware.precision, "threads": self.hardware.threads}
+        hardware = {name: getattr(self.hardware, name) for name in ("precision", "threads", "compile")}
         save_state(self.state_path, state | {"hardware": hardware})
 
     def _check(self, finite_share: float, step: int) -> None:

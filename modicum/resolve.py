@@ -215,9 +215,10 @@ def _data(images: Images, settings: DataSettings) -> Decisions:
     }
 
 
-def pixel_statistics(images: Images, most: int = 10_000) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation a channel of (at most `most`, evenly spaced) training images, pixels in 0..1."""
+def pixel_statistics(images: Images) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation a channel of evenly spaced training images, at most 10,000 and 256 MiB, pixels in 0..1."""
     rows = images.rows("train")
+    most = min(10_000, (1 << 28) // images.pixels.shape[1:].numel())
     pixels = images.pixels[rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).astype(int)]].float() / 255
     mean, std = pixels.mean(dim=(0, 2, 3)), pixels.std(dim=(0, 2, 3))
     return [round(float(value), 4) for value in mean], [round(max(float(value), 1e-2), 4) for value in std]

@@ -52,6 +52,9 @@ class DataSettings(Settings):
     split_column: str = Field("split", description="header of the CSV's optional column of train or test")
     image_size: Auto | Annotated[int, Field(ge=8, le=1024)] = Field("auto", description="side in pixels that images are resized to")
     channels: Auto | Literal[1, 3] = Field("auto", description="1 for grey images, 3 for colour")
+    cache: Auto | Literal["disk", "none"] = Field(
+        "auto", description="folder, decoded images: disk keeps them all, none reads files anew; auto: disk where there is room"
+    )
     split_seed: int = Field(0, description="fixes which images are test, where the set has no split of its own")
     test_fraction: Auto | Annotated[float, Field(ge=0, lt=1)] = Field(
         "auto", description="share of the labelled images held out as test, where the set has no split of its own"
@@ -166,6 +169,9 @@ class Experiment(Settings):
     seed: int = Field(0, description="initialisation, order of the images, views")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of the networks; auto: bf16 where the hardware has it")
+    compile: Auto | bool = Field(
+        "auto", description="torch.compile of the backbone in training; auto: on CUDA, in stages of 10,000 steps or more"
+    )
     data: DataSettings = DataSettings()
     backbone: BackboneSettings = BackboneSettings()
     pretrain: PretrainSettings = PretrainSettings()
@@ -174,4 +180,11 @@ class Experiment(Settings):
 
 
 # Settings that move no result: a run folder accepts them changed.
-HARMLESS = {"pretrain.log_every", "finetune.log_every", "evaluate.gallery_queries", "evaluate.gallery_neighbours", "evaluate.batch_size"}
+HARMLESS = {
+    "data.cache",
+    "pretrain.log_every",
+    "finetune.log_every",
+    "evaluate.gallery_queries",
+    "evaluate.gallery_neighbours",
+    "evaluate.batch_size",
+}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from modicum import distributed
 from modicum.data.stream import Sample
+from modicum.hardware import send
 from modicum.networks.folding import Folded
 from modicum.settings import TeacherSettings
 
@@ -49,7 +50,7 @@ class Teacher(nn.Module):
             return self.network(sample.view(view))
         order = sample.permutation()
         shuffled = distributed.gather(in_groups(self.network, sample.view(view, order), self.groups))
-        return shuffled[torch.argsort(order)[distributed.share(len(order))].to(shuffled.device)]
+        return shuffled[send(torch.argsort(order)[distributed.share(len(order))], shuffled.device)]
 
     def _in_evaluation(self, images: Tensor) -> Tensor:
         kind = images.device.type

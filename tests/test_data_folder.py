@@ -234,7 +234,8 @@ def test_hidden_files_and_links_out_of_the_root_are_left_out(root, tmp_path, cap
 
 
 def caches(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if not path.name.endswith(".digests.npy"))
+    """The decoded pixels in it."""
+    return sorted(path.name for path in folder.glob("*.npy") if not path.name.endswith(".digests.npy"))
 
 
 def test_images_are_decoded_once(root, monkeypatch):
@@ -252,13 +253,14 @@ def test_changed_images_are_decoded_anew_and_the_old_cache_goes(root):
     load(root, image_size=16)
     before = caches(root / ".modicum")
     assert len(before) == 2
+    assert all("-8px-1ch-bilinear" in name or "-16px-1ch-bilinear" in name for name in before)
     write(root / "3.png", 77)
     assert np.array_equal(load(root).pixels[3, 0].numpy(), DIGITS[77])
     assert len(caches(root / ".modicum")) == 1
     assert not set(before) & set(caches(root / ".modicum"))
+    assert len(list((root / ".modicum").glob("[0-9a-f]*"))) == 3  # pixels, digests, the note of what auto came to
     write(root / "new.png", 78)
     assert len(load(root).pixels) == 11
-    assert all(name.endswith(".npy") for name in caches(root / ".modicum"))
 
 
 def test_a_cache_cut_short_is_made_anew(root):

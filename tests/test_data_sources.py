@@ -290,7 +290,7 @@ def test_the_fingerprint_follows_the_files(tmp_path):
 def test_the_fingerprint_needs_no_heavy_import(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     code = (
-        "import sys; from modicum.config import DataSettings; from modicum.data.fingerprint import input_fingerprint as f;"
+        "import sys; from modicum.settings import DataSettings; from modicum.data.fingerprint import input_fingerprint as f;"
         f"f(DataSettings(name='digits')); f(DataSettings(root={str(tmp_path)!r}));"
         "print([m for m in ('torch', 'sklearn', 'pandas', 'numpy', 'PIL') if m in sys.modules])"
     )

@@ -27,6 +27,8 @@ def test_nothing_stays_auto_but_what_depends_on_the_machine(digits: Images) -> N
         "device",
         "precision",
         "backbone.stem",
+        "compile",
+        "data.cache",
         "data.test_fraction",
         "pretrain.method.teacher.groups",
         "finetune.method.teacher.groups",

@@ -59,6 +59,8 @@ def built_in(settings: DataSettings) -> BuiltIn:
         raise InputError(f"Unknown data.name {name!r}{did_you_mean(name, [*BUILT_IN, 'folder'])}")
     if settings.labels is not None:
         raise InputError(f"data.labels is for data.name=folder; {name} has labels of its own: remove the setting.")
+    if settings.cache != "auto" and name != "eurosat":  # which is a folder of images
+        raise InputError(f"data.cache is for folders of images; {name} is kept in memory: remove the setting.")
     if settings.test_fraction != "auto" and BUILT_IN[name].test_fraction is None:
         raise InputError(f"data.test_fraction cannot be set: {name} has a test split of its own; remove the setting.")
     return BUILT_IN[name]

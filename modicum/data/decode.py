@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+INTERPOLATION = Image.Resampling.BILINEAR  # antialiased where it shrinks
 GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
 # What Pillow raises on damaged files, over all its formats; anything else is a mistake of ours and shows its traceback.
 UNREADABLE = (
@@ -43,7 +44,7 @@ def decode(path: Path, image_size: int, channels: int) -> np.ndarray:
     width, height = flat.size
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
-    square = flat.resize((image_size, image_size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    square = flat.resize((image_size, image_size), INTERPOLATION, box=(left, top, left + side, top + side))
     pixels = np.asarray(square)
     return pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 

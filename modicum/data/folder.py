@@ -1,18 +1,16 @@
 """The source `folder`: any tree of images, most of them without a label."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from modicum.data.catalogue import cache_root
 from modicum.data.fingerprint import digest
 from modicum.data.images import UNKNOWN, Images
 from modicum.data.labelling import read_labelling
 from modicum.data.listing import SHOWN, Tree, walk
-from modicum.data.pixel_cache import cached_pixels
+from modicum.data.pixel_cache import open_pixels
 from modicum.data.stratify import hold_out
 from modicum.errors import InputError
 from modicum.record import warn
@@ -20,7 +18,7 @@ from modicum.settings import DataSettings
 
 
 def load_folder(settings: DataSettings, cache: Path | None = None) -> Images:
-    """Labels by sub-folder or by CSV, pixels decoded once and mapped from `cache`, by default `ROOT/.modicum`.
+    """Labels by sub-folder or by CSV, pixels decoded once and mapped from `cache`, by default `ROOT/.modicum`, or read anew.
 
     An image's id is its path. Raises InputError for everything that is wrong with the files and the CSV.
     """
@@ -44,15 +42,12 @@ def load_folder(settings: DataSettings, cache: Path | None = None) -> Images:
     if fraction > 0:
         test[hold_out(labels, fraction, "data.test_fraction", "test", settings.split_seed)] = True
     places = [cache or tree.root / ".modicum", cache_root() / "folders" / digest([str(tree.root.resolve())])]
-    pixels, digests = cached_pixels(tree, settings.image_size, settings.channels, places)
+    pixels, digests = open_pixels(tree, settings, places)
     _warn_of_copies(tree, digests, test)
     split = np.where(test, "test", "train")
     manifest = pd.DataFrame({"id": paths, "path": paths, "label": labels, "split": split})
     mirror = True if settings.mirror == "auto" else settings.mirror
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor does anyone write to the images
-        mapped = torch.from_numpy(pixels)
-    return Images(settings.name, mapped, manifest, class_names, mirror)
+    return Images(settings.name, pixels, manifest, class_names, mirror)
 
 
 def _warn_of_copies(tree: Tree, digests: np.ndarray, test: np.ndarray) -> None:

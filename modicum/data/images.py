@@ -6,12 +6,14 @@ import numpy as np
 import pandas as pd
 import torch
 
+from modicum.data.image_files import ImageFiles, Pixels
+
 UNKNOWN = -1
 
 
 @dataclass(frozen=True)
 class Images:
-    """A whole data set in memory (or memory-mapped): training images first or not, the manifest says which is which.
+    """A whole data set, in memory, mapped or read anew from files: training images first or not, the manifest says which is which.
 
     `manifest` has one row an image, in the order of `pixels`: `id` (stable text, unique), `path` (relative to the root with
     `/`, or a made-up one such as `train/00012` for built-in sets), `label` (int64, 0..C-1, or -1 for unknown) and `split`
@@ -19,14 +21,14 @@ class Images:
     """
 
     name: str
-    pixels: torch.Tensor  # uint8 (N, C, S, S)
+    pixels: Pixels  # uint8 (N, C, S, S)
     manifest: pd.DataFrame
     class_names: tuple[str, ...]
     mirror: bool  # whether a mirrored image is still an image of its class
 
     def __post_init__(self) -> None:
-        assert self.pixels.dtype == torch.uint8
-        assert self.pixels.ndim == 4
+        assert isinstance(self.pixels, ImageFiles) or self.pixels.dtype == torch.uint8
+        assert len(self.pixels.shape) == 4
         assert len(self.pixels) == len(self.manifest)
 
     @property
@@ -49,3 +51,7 @@ class Images:
     def rows(self, split: str) -> np.ndarray:
         """int64 row numbers of `train` or `test` images, in order."""
         return np.flatnonzero(self.manifest["split"].to_numpy() == split)
+
+    def subset(self, rows: np.ndarray) -> Pixels:
+        """The pixels of some rows; they are a copy unless they are read anew."""
+        return self.pixels.subset(rows) if isinstance(self.pixels, ImageFiles) else self.pixels[torch.from_numpy(rows)]

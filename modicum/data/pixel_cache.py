@@ -1,102 +1,174 @@
-"""A folder of images, decoded once into one memory-mapped file beside them."""
+"""A folder of images, decoded once into one memory-mapped file beside them; without room for it, read anew whenever they are needed."""
 
+import fcntl
 import hashlib
-import os
+import json
 import re
+import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from modicum.data.decode import UNREADABLE, decode, reason, survey
+from modicum.data.decode import INTERPOLATION, UNREADABLE, decode, reason, survey
 from modicum.data.fingerprint import digest
+from modicum.data.image_files import ImageFiles, Pixels
 from modicum.data.listing import Tree, refuse
 from modicum.errors import InputError
-from modicum.files import replacing
-from modicum.record import progress
-from modicum.settings import Auto
+from modicum.files import replacing, write_atomically
+from modicum.hardware import usable_cores
+from modicum.record import progress, say, warn
+from modicum.settings import Auto, DataSettings
 
-VERSION = 1  # raised when decoding changes, so that older files are made anew
+VERSION = 2  # raised when decoding changes, so that older files are made anew
 CHUNK = 256  # images in flight at a time: what a Ctrl-C waits for
-OURS = re.compile(r"([0-9a-f]{32})-(auto|\d+)-(auto|\d+)(\.digests)?\.npy")
+OURS = re.compile(r"([0-9a-f]{32})[-.].+")
 
 
-def cached_pixels(tree: Tree, image_size: int | Auto, channels: int | Auto, places: list[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels uint8 (N, C, S, S), mapped read-only, and a digest of each image's pixels, uint64 (N,), in the order of `tree.files`.
+@dataclass(frozen=True)
+class Decoded:
+    """The images of a folder as they are decoded. `listing` is the fingerprint of every image's path, size and time of change."""
 
-    They are read from the first of `places` that holds them, else made in the first that can be written to. What was made
-    there for an earlier state of the same folder is removed. Raises InputError listing every unreadable image.
+    tree: Tree
+    listing: str
+    image_size: int
+    channels: int
+
+    @property
+    def name(self) -> str:
+        """Of the files that hold them."""
+        return f"{self.listing}-{self.image_size}px-{self.channels}ch-{INTERPOLATION.name.lower()}"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return len(self.tree.files), self.channels, self.image_size, self.image_size
+
+    def find(self, places: list[Path], keep: bool) -> tuple[Pixels, np.ndarray] | None:
+        """Pixels and digests, from the first of `places` that holds them; without `keep` the digests alone, and the images to read anew."""
+        return next(filter(None, (self._open(place, keep) for place in places)), None)
+
+    def _open(self, place: Path, keep: bool) -> tuple[Pixels, np.ndarray] | None:
+        try:
+            digests = np.load(place / f"{self.name}.digests.npy")
+            # Read-only: a private writable mapping counts as memory, and Linux refuses one larger than the machine has.
+            mapped = np.load(place / f"{self.name}.npy", mmap_mode="r") if keep else None
+        except (OSError, ValueError):  # not there, or cut short by a disk's failure: made anew
+            return None
+        if len(digests) != self.shape[0] or (mapped is not None and mapped.shape != self.shape):
+            return None
+        if mapped is None:
+            paths = [file.path for file in self.tree.files]
+            return ImageFiles(self.tree.root, paths, self.image_size, self.channels, self.name), digests
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor does anyone write to the images
+            return torch.from_numpy(mapped), digests
+
+    def decode(self, path: Path) -> np.ndarray:
+        return decode(path, self.image_size, self.channels)
+
+    def build(self, place: Path, keep: bool) -> None:
+        """Decodes every image, writes the digests and, with `keep`, the pixels. Raises InputError listing every unreadable image."""
+        failures: dict[int, str] = {}
+        digests = []
+        try:
+            with ExitStack() as files:
+                digest_file = files.enter_context(replacing(place / f"{self.name}.digests.npy"))
+                file = files.enter_context(replacing(place / f"{self.name}.npy")) if keep else None
+                if file:
+                    # Written from front to back, not through a mapping: a full disk is then an error, not the end of the process.
+                    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": self.shape})
+                for pixels in _attempt("decoding images" if keep else "checking images", self.decode, self.tree, failures):
+                    if not failures:
+                        content = pixels.tobytes()
+                        digests.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
+                        if file:
+                            file.write(content)
+                if failures:
+                    _refuse(self.tree, failures)
+                np.save(digest_file, np.array(digests, dtype=np.uint64))
+        except OSError as error:
+            need = _amount(prod(self.shape)) if keep else _amount(8 * len(self.tree.files))
+            raise InputError(f"Cannot write the decoded images to {place}: {error.strerror or error} ({need} are needed).") from None
+
+
+def open_pixels(tree: Tree, settings: DataSettings, places: list[Path]) -> tuple[Pixels, np.ndarray]:
+    """Pixels uint8 (N, C, S, S) and a digest of each image's pixels, uint64 (N,), in the order of `tree.files`.
+
+    `settings.cache` says whether the pixels are kept, mapped read-only from one of `places`, or read anew whenever they are needed.
+    Either way all images are decoded once before anything else, and what was kept of an earlier state of the folder is removed.
+    Raises InputError listing every unreadable image, and where there is no room for what is to be kept.
     """
     listing = digest([VERSION, *tree.files])
-    key = f"{listing}-{image_size}-{channels}"
-    for place in places:
-        found = _open(place, key, len(tree.files))
+    decoded = Decoded(tree, listing, *_size_and_channels(tree, listing, settings, places))
+    keep = settings.cache != "none"
+    found = decoded.find(places, keep)
+    if found:
+        return found
+    with _alone(_writable(places)):
+        found = decoded.find(places, keep)  # another process may have made it meanwhile
         if found:
             return found
-    place = _writable(places)
-    for old in place.iterdir():
-        match = OURS.fullmatch(old.name)
-        if match and match[1] != listing:
-            with suppress(OSError):  # Windows keeps a file that another run has mapped
-                old.unlink()
-    _build(tree, image_size, channels, place, key)
-    built = _open(place, key, len(tree.files))
-    assert built
-    return built
+        place, keep = _room(decoded, places, settings.cache)
+        found = decoded.find([place], keep)  # digests, of pixels that there was no room for before either
+        if not found:
+            decoded.build(place, keep)
+            found = decoded.find([place], keep)
+        assert found
+        return found
 
 
-def _open(place: Path, key: str, count: int) -> tuple[np.ndarray, np.ndarray] | None:
+def _is_writable(place: Path) -> bool:
     try:
-        # Read-only: a private writable mapping counts as memory, and Linux refuses one larger than the machine has.
-        pixels = np.load(place / f"{key}.npy", mmap_mode="r")
-        digests = np.load(place / f"{key}.digests.npy")
-    except (OSError, ValueError):  # not there, or cut short by a disk's failure: made anew
-        return None
-    return (pixels, digests) if len(pixels) == len(digests) == count else None
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            return True
+    except OSError:
+        return False
 
 
 def _writable(places: list[Path]) -> Path:
-    for place in places:
-        with suppress(OSError):
-            place.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=place):
-                return place
-    raise InputError(f"Neither {' nor '.join(map(str, places))} can be written to: the decoded images need a place.")
+    place = next(filter(_is_writable, places), None)
+    if place is None:
+        raise InputError(f"Neither {' nor '.join(map(str, places))} can be written to: the decoded images need a place.")
+    return place
 
 
-def _build(tree: Tree, image_size: int | Auto, channels: int | Auto, place: Path, key: str) -> None:
-    failures: dict[int, str] = {}
-    everything = list(range(len(tree.files)))
-    if image_size == "auto" or channels == "auto":
-        heads = dict(_attempt("looking at images", survey, tree, everything, failures))
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """Other processes that want to decode into `place`, such as torchrun's ranks, wait until the block ends, and then find it done."""
+    with (place / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"Waiting for another process that decodes images into {place}.")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _size_and_channels(tree: Tree, listing: str, settings: DataSettings, places: list[Path]) -> tuple[int, int]:
+    """Those of the settings; where they are `auto`, what suits the images, of which a note is kept."""
+    if settings.image_size != "auto" and settings.channels != "auto":
+        return settings.image_size, settings.channels
+    file = f"{listing}.json"
+    note = next((json.loads((place / file).read_text()) for place in places if (place / file).is_file()), None)
+    if note is None:
+        failures: dict[int, str] = {}
+        heads = list(_attempt("looking at images", survey, tree, failures))
         if not heads:
             _refuse(tree, failures)
-        if image_size == "auto":
-            image_size = suitable_size([side for side, _ in heads.values()])
-        if channels == "auto":
-            channels = 1 if all(grey for _, grey in heads.values()) else 3
-    shape = (len(tree.files), channels, image_size, image_size)
-    rest = [number for number in everything if number not in failures]
-    digests = []
-    try:
-        with replacing(place / f"{key}.digests.npy") as digest_file, replacing(place / f"{key}.npy") as file:
-            # Written from front to back rather than through a mapping: a full disk is then an error, not the end of the process.
-            np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            for _, pixels in _attempt("decoding images", lambda path: decode(path, image_size, channels), tree, rest, failures):
-                if not failures:
-                    content = pixels.tobytes()
-                    digests.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
-                    file.write(content)
-            if failures:
-                _refuse(tree, failures)
-            np.save(digest_file, np.array(digests, dtype=np.uint64))
-    except OSError as error:
-        need = np.prod(shape, dtype=np.int64) / 2**20
-        raise InputError(f"Cannot write the decoded images to {place}: {error.strerror or error} ({need:,.0f} MiB are needed).") from None
+        note = {"image_size": suitable_size([side for side, _ in heads]), "channels": 1 if all(grey for _, grey in heads) else 3}
+        if not failures:  # else decoding names them, with those that are damaged further on
+            write_atomically(_writable(places) / file, json.dumps(note))
+    size, channels = (note[key] if getattr(settings, key) == "auto" else getattr(settings, key) for key in ("image_size", "channels"))
+    return size, channels
 
 
 def suitable_size(shorter_sides: list[int]) -> int:
@@ -105,24 +177,54 @@ def suitable_size(shorter_sides: list[int]) -> int:
     return int(np.clip(round(median) if median <= 32 else 8 * round(median / 8), 8, 224))
 
 
-def _attempt(
-    description: str, function: Callable[[Path], Any], tree: Tree, numbers: list[int], failures: dict[int, str]
-) -> Iterator[tuple[int, Any]]:
-    """`function` of each numbered image, in order, by a pool of threads; what cannot be read is left out and noted."""
+def _room(decoded: Decoded, places: list[Path], cache: Auto | Literal["disk", "none"]) -> tuple[Path, bool]:
+    """Where to write, and whether the pixels too. Raises InputError where they are to be kept and there is no room for them."""
+    need, full = prod(decoded.shape), []
+    for place in filter(_is_writable, places):
+        _remove_older(place, decoded.listing)
+        free = shutil.disk_usage(place).free
+        if cache == "none" or free >= need:
+            return place, cache != "none"
+        full.append((place, free))
+    place, free = full[0]
+    lacking = f"The decoded images need {_amount(need)}, but {place} has only {_amount(free)} free"
+    if cache == "disk":
+        raise InputError(
+            f"{lacking}: make room, choose a smaller data.image_size, or set data.cache=none, which reads the files anew in every epoch."
+        )
+    warn(f"{lacking}, so the files are read anew in every epoch, which takes longer. Room there or a smaller data.image_size avoids it.")
+    return place, False
 
-    def one(number: int) -> tuple[int, Any, str | None]:
+
+def _remove_older(place: Path, listing: str) -> None:
+    for old in place.iterdir():
+        match = OURS.fullmatch(old.name)
+        if match and match[1] != listing:
+            with suppress(OSError):  # Windows keeps a file that another run has mapped
+                old.unlink()
+
+
+def _amount(number: int) -> str:
+    """Bytes in words."""
+    return f"{number / 2**30:,.1f} GiB" if number >= 2**30 else f"{number / 2**20:,.1f} MiB"
+
+
+def _attempt(description: str, function: Callable[[Path], Any], tree: Tree, failures: dict[int, str]) -> Iterator[Any]:
+    """`function` of each image, in order, by a pool of threads; what cannot be read is left out and noted."""
+
+    def one(number: int) -> tuple[Any, str | None]:
         try:
-            return number, function(tree.root / tree.files[number].path), None
+            return function(tree.root / tree.files[number].path), None
         except UNREADABLE as error:
-            return number, None, reason(error)
+            return None, reason(error)
 
     # Pillow lets go of the interpreter while it decodes and resizes, so threads are enough.
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool, progress(description, len(numbers)) as advance:
-        for start in range(0, len(numbers), CHUNK):
-            for number, result, failure in pool.map(one, numbers[start : start + CHUNK]):
+    with ThreadPoolExecutor(usable_cores()) as pool, progress(description, len(tree.files)) as advance:
+        for numbers in np.split(np.arange(len(tree.files)), range(CHUNK, len(tree.files), CHUNK)):
+            for number, (result, failure) in zip(numbers.tolist(), pool.map(one, numbers.tolist()), strict=True):
                 advance()
                 if failure is None:
-                    yield number, result
+                    yield result
                 else:
                     failures[number] = failure
 

@@ -1,7 +1,9 @@
 """The batches of a training run: which images a step sees and how each view of them is made. Stateless: the step says it all."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 
 import numpy as np
 import torch
@@ -9,7 +11,9 @@ from torch import Tensor
 
 from modicum import distributed
 from modicum.data.batches import positions
+from modicum.data.image_files import Pixels
 from modicum.data.images import Images
+from modicum.hardware import send
 from modicum.randomness import generator
 from modicum.views.policies import Policy
 
@@ -33,20 +37,25 @@ class Sample:
     @cached_property
     def rows(self) -> Tensor:
         """int64 (B,) on the device: rows of the data set behind this rank's images."""
-        return self.stream.rows[self.chosen[self.mine]].to(self.stream.device)
+        return send(self.stream.rows[self.chosen[self.mine]], self.stream.device)
 
     @cached_property
     def positions(self) -> Tensor:
         """int64 (B,) on the device: places of this rank's images in their stream, 0 .. its size - 1, for what is kept an image."""
-        return self.chosen[self.mine].to(self.stream.device)
+        return send(self.chosen[self.mine], self.stream.device)
 
     @cached_property
     def labels(self) -> Tensor:
         """int64 (B,) on the device. Streams without labels have none."""
-        return self.stream.labels[self.chosen[self.mine]].to(self.stream.device)
+        return send(self.stream.labels[self.chosen[self.mine]], self.stream.device)
 
     def __len__(self) -> int:
         return self.mine.stop - self.mine.start
+
+    @cached_property
+    def images(self) -> Tensor:
+        """uint8 (B, C, S, S) on the device: this rank's images, read once for all of its views."""
+        return self.stream.images(self.step)
 
     @property
     def num_views(self) -> int:
@@ -59,19 +68,21 @@ class Sample:
         views by itself, none are sent.
         """
         if order is not None:
-            return self._render(number, order[self.mine])
+            which = order[self.mine]
+            alone = len(self) == len(self.chosen)  # else a part of the permuted batch holds other ranks' images too
+            images = self.images[send(which, self.images.device)] if alone else self.stream.read(self.chosen[which])
+            return self._render(number, which, images)
         if number not in self.rendered:
-            self.rendered[number] = self._render(number, torch.arange(self.mine.start, self.mine.stop))
+            self.rendered[number] = self._render(number, torch.arange(self.mine.start, self.mine.stop), self.images)
         return self.rendered[number]
 
     def previous(self) -> "Sample":
         """What the stream gave the step before; the first step has itself before it. Its views are rendered again."""
         return self.stream.sample(max(0, self.step - 1))
 
-    def _render(self, number: int, which: Tensor) -> Tensor:
+    def _render(self, number: int, which: Tensor, images: Tensor) -> Tensor:
         policy = self.stream.policies[number]
         draws = policy.draw(generator(*self.stream.keys, self.step, "view", number), len(self.chosen))
-        images = self.stream.images(self.chosen[which])
         return policy(images, {name: values[which] for name, values in draws.items()})
 
     def permutation(self) -> Tensor:
@@ -83,13 +94,15 @@ class Sample:
 class Stream:
     """An endless, seeded order of some rows of a data set, with the policies of its views."""
 
-    pixels: Tensor  # uint8 (N, C, S, S), of the whole data set
+    pixels: Pixels  # uint8 (N, C, S, S), of the whole data set
     rows: Tensor  # int64 (n,) on the CPU: the rows of this stream
     labels: Tensor  # int64 (n,) on the CPU; empty where the stream must not know them
     policies: list[Policy]
     batch_size: int  # over all ranks
     device: torch.device
     keys: tuple[int | str, ...]  # seed, stage, name of the stream
+    _ahead: Iterator[Tensor] = field(default_factory=lambda: iter(()), init=False)
+    _next: int = field(default=-1, init=False)  # the step whose images come next from `_ahead`
 
     @classmethod
     def of(
@@ -102,12 +115,36 @@ class Stream:
         *keys: int | str,
         labelled: bool = False,
     ) -> "Stream":
-        pixels = images.pixels.to(device) if device.type != "cpu" and images.pixels.nbytes <= ON_DEVICE_BYTES else images.pixels
+        pixels = images.pixels
+        if isinstance(pixels, Tensor) and device.type != "cpu" and pixels.nbytes <= ON_DEVICE_BYTES:
+            pixels = pixels.to(device)
         labels = torch.tensor(images.labels[rows]) if labelled else torch.empty(0, dtype=torch.int64)
         return cls(pixels, torch.tensor(rows), labels, policies, batch_size, device, keys)
 
-    def images(self, chosen: Tensor) -> Tensor:
-        return self.pixels[self.rows[chosen].to(self.pixels.device)].to(self.device)
+    def read(self, chosen: Tensor) -> Tensor:
+        """uint8 (B, C, S, S) on the device: the images at `chosen` places of the stream, int64 (B,) on the CPU."""
+        rows = self.rows[chosen]
+        return send(self.pixels[send(rows, self.pixels.device) if isinstance(self.pixels, Tensor) else rows], self.device)
+
+    def images(self, step: int) -> Tensor:
+        """uint8 (B, C, S, S) on the device: this rank's images of a step. Files are decoded ahead while step follows step."""
+        if isinstance(self.pixels, Tensor):
+            return self.read(_order(len(self.rows), self.batch_size, self.keys, step)[distributed.share(self.batch_size)])
+        if step != self._next:
+            mine = distributed.share(self.batch_size)
+            self._ahead = self.pixels.ahead(_rows_from(step, self.rows, self.batch_size, self.keys, mine), mine.stop - mine.start)
+        self._next = step + 1
+        return send(next(self._ahead), self.device)
 
     def sample(self, step: int) -> Sample:
-        return Sample(self, step, positions(len(self.rows), step * self.batch_size, self.batch_size, *self.keys, "order"))
+        return Sample(self, step, _order(len(self.rows), self.batch_size, self.keys, step))
+
+
+def _order(size: int, batch_size: int, keys: tuple[int | str, ...], step: int) -> Tensor:
+    """int64 (batch_size,): which of `size` images a step sees."""
+    return positions(size, step * batch_size, batch_size, *keys, "order")
+
+
+def _rows_from(step: int, rows: Tensor, batch_size: int, keys: tuple[int | str, ...], mine: slice) -> Iterator[Tensor]:
+    """This rank's rows of `step` and all steps after it. No method: a stream that nobody holds any more must end its workers."""
+    return (rows[_order(len(rows), batch_size, keys, later)[mine]] for later in count(step))

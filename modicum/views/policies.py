@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modicum.config import validate
 from modicum.errors import InputError
+from modicum.hardware import send
 from modicum.views import colour, geometry, randaugment
 from modicum.views.draws import draw
 from modicum.views.recipes import Recipe, recipe_of
@@ -61,8 +62,8 @@ class Policy:
         order = self._order(draws)
         if order is not None:
             draws = {key: value[order] for key, value in draws.items()}
-            order = order.to(device)
-        plan = {key: value.to(device) for key, value in self._plan(draws).items()}
+            order = send(order, device)
+        plan = {key: send(value, device) for key, value in self._plan(draws).items()}
         out = torch.empty((batch, self.channels, self.size, self.size), device=device)
         together = max(1, CACHED_VALUES // (self.channels * self.image_size**2)) if device.type == "cpu" else max(1, batch)
         full = contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
@@ -127,17 +128,17 @@ class Policy:
             for operation, amount in zip(draws["operation"].unbind(1), draws["amount"].unbind(1), strict=True):
                 x = randaugment.apply(x, operation, amount)
         if "blur" in draws:
-            sigma = draws["sigma"][draws["blur"]].to(device)
+            sigma = send(draws["sigma"][draws["blur"]], device)
             taps = max(3, round(self.size / 10) // 2 * 2 + 1)
             kernels = geometry.blur_matrices(sigma, taps, self.size)
             _where(draws["blur"], x, lambda part: geometry.separable(part, kernels, kernels))
         if "solarize" in draws:
             _where(draws["solarize"], x, lambda part: colour.solarize(part, 0.5))
         scale = torch.tensor(self.std).reciprocal()[:, None, None]
-        torch.sub(x.mul_(scale.to(device)), (torch.tensor(self.mean)[:, None, None] * scale).to(device), out=out)
+        torch.sub(x.mul_(send(scale, device)), send(torch.tensor(self.mean)[:, None, None] * scale, device), out=out)
         if "cutout" in draws:  # after normalisation, so that zero is the mean colour
             pixel = (torch.arange(self.size, device=device) + 0.5) / self.size
-            covered = (pixel - draws["cutout"].to(device)[..., None]).abs_() < recipe.cutout / 2
+            covered = (pixel - send(draws["cutout"], device)[..., None]).abs_() < recipe.cutout / 2
             out.masked_fill_((covered[:, 0, :, None] & covered[:, 1, None, :])[:, None], 0)
 
     def _jitter(self, x: Tensor, draws: dict[str, Tensor], plan: dict[str, Tensor]) -> Tensor:
@@ -145,7 +146,7 @@ class Policy:
         jitter = draws["jitter"]
         keys = ("mix", "towards_mean", "hue")
         if not self.recipe.hue:
-            index = jitter.nonzero()[:, 0].to(x.device)
+            index = send(jitter.nonzero()[:, 0], x.device)
             picked = {key: plan[key].index_select(0, index) for key in keys}
             return _where(jitter, x, lambda part: colour.color_jitter(part.flatten(2), picked, []))
         if count := int(jitter.sum()):  # read from a CPU tensor
@@ -164,7 +165,7 @@ def _where(chosen: Tensor, x: Tensor, function: Callable[[Tensor], Tensor]) -> T
     """Replaces the `chosen` images (bool (B,), on the CPU) of `x` by their `function`, in place."""
     index = chosen.nonzero()[:, 0]
     if len(index):
-        place = index.to(x.device)
+        place = send(index, x.device)
         part = x.index_select(0, place)
         x.index_copy_(0, place, function(part).view_as(part))
     return x

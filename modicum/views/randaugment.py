@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from modicum.hardware import send
 from modicum.views import colour
 from modicum.views.geometry import affine
 
@@ -57,18 +58,18 @@ def warp_matrices(operation: Tensor, amount: Tensor) -> Tensor:
 
 
 def _column(amount: Tensor, x: Tensor) -> Tensor:
-    return amount[:, None, None].to(x.device)
+    return send(amount[:, None, None], x.device)
 
 
 def _blend(x: Tensor, operation: Tensor, amount: Tensor) -> Tensor:
     kind = operation - OPERATIONS.index(BLENDS[0])
     matrix, towards_mean = colour.blend_maps(kind, amount, x.shape[1])
-    return colour.blend(x.flatten(2), matrix.to(x.device), towards_mean.to(x.device))
+    return colour.blend(x.flatten(2), send(matrix, x.device), send(towards_mean, x.device))
 
 
 # Each takes images (B, C, S, S) and, on the CPU, their operations and amounts (B,); operations of one line share a kernel.
 _KERNELS: tuple[tuple[tuple[str, ...], Callable[[Tensor, Tensor, Tensor], Tensor]], ...] = (
-    (WARPS, lambda x, operation, amount: affine(x, warp_matrices(operation, amount).to(x.device))),
+    (WARPS, lambda x, operation, amount: affine(x, send(warp_matrices(operation, amount), x.device))),
     (BLENDS, _blend),
     (("sharpness",), lambda x, operation, amount: colour.sharpness(x, _column(amount, x)[..., None])),
     (("solarize",), lambda x, operation, amount: colour.solarize(x.flatten(2), _column(amount, x))),
@@ -84,7 +85,7 @@ def apply(x: Tensor, operation: Tensor, amount: Tensor) -> Tensor:
         wanted = torch.tensor([OPERATIONS.index(name) for name in names])
         index = torch.isin(operation, wanted).nonzero()[:, 0]
         if len(index):
-            place = index.to(x.device)
+            place = send(index, x.device)
             part = x.index_select(0, place)
             x.index_copy_(0, place, kernel(part, operation[index], amount[index]).view_as(part))
     return x

@@ -1,0 +1,127 @@
+"""Compiled training: in place, resumed to the last bit, and left out with a reason where it cannot be."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modicum.compilation import LONG, earns_compilation
+from modicum.data.stream import Batch
+from modicum.errors import Interrupted
+from modicum.hardware import Hardware
+from modicum.loop import Monitor, Training
+from modicum.method import Loss, Method
+from modicum.networks import Backbone
+from modicum.optim import SCHEDULES, parameter_groups
+from modicum.randomness import generator
+
+STEPS = 6
+COMPILED = Hardware(torch.device("cpu"), "fp32", 1, compile=True)
+
+
+class Small(Backbone):
+    """Enough of a backbone to be compiled in seconds; the norm's statistics are a state that a step for nothing must not move."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.network = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
+
+
+class Line(Method):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.student = nn.Sequential(Small(), nn.Linear(8, 1))
+
+    def forward(self, batch: Batch) -> Loss:
+        x: Tensor = batch["x"]  # type: ignore[assignment]
+        return Loss((self.student(x) - x.sum(dim=1, keepdim=True)).square().mean())
+
+
+def training(folder: Path, hardware: Hardware, stop_at: int = -1) -> Training:
+    folder.mkdir(exist_ok=True)
+    method = Line()
+
+    def batch(step: int) -> dict[str, Tensor]:
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return {"x": torch.randn(16, 4, generator=generator(0, step))}
+
+    return Training(
+        "line",
+        method,
+        batch,  # type: ignore[arg-type]
+        torch.optim.SGD(parameter_groups([(method, 1.0)], 0.0), lr=0.1, momentum=0.9),
+        SCHEDULES["cosine"],
+        STEPS,
+        16,
+        folder,
+        hardware,
+        seed=0,
+        log_every=1,
+        monitors=[Monitor(2, lambda: look(method.student))],
+    )
+
+
+@torch.no_grad()
+def look(student: nn.Module) -> dict[str, float]:
+    """As monitors do: in evaluation mode, at a size of its own, which must not be compiled."""
+    seen = float(student.eval()(torch.ones(3, 4)).mean())
+    student.train()
+    return {"seen": seen}
+
+
+@pytest.fixture(autouse=True)
+def no_code_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what the run sets is taken back
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_resumes_to_the_same_bits_and_lies_near_the_other(tmp_path: Path, assert_same: Callable[..., None]) -> None:
+    def state(name: str) -> Any:
+        return torch.load(tmp_path / name / "state.pt", weights_only=True)
+
+    training(tmp_path / "plain", Hardware(torch.device("cpu"), "fp32", 1)).run()
+    training(tmp_path / "whole", COMPILED).run()
+    with pytest.raises(Interrupted):
+        training(tmp_path / "stopped", COMPILED, stop_at=3).run()
+    again = training(tmp_path / "stopped", Hardware(torch.device("cpu"), "fp32", 1))
+    again.run()
+    assert again.hardware.compile  # from the state
+    assert any((tmp_path / "whole" / "compiled").rglob("*.py"))
+    assert_same(state("whole"), state("stopped"))
+    assert state("plain")["method"].keys() == state("whole")["method"].keys()
+    for name, value in state("plain")["method"].items():
+        assert torch.allclose(state("whole")["method"][name], value, atol=1e-4), name
+    metrics = [(tmp_path / name / "metrics.csv").read_text() for name in ("whole", "stopped")]
+    assert metrics[0] == metrics[1]
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_the_reason_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], assert_same: Callable[..., None]
+) -> None:
+    def compiler_is_missing(self: nn.Module, **_: object) -> None:
+        def refuse(*_: object) -> None:
+            raise RuntimeError("No working C++ compiler found\nin 20 lines")
+
+        self._compiled_call_impl = refuse
+
+    monkeypatch.setattr(nn.Module, "compile", compiler_is_missing)
+    run = training(tmp_path / "tried", COMPILED)
+    run.run()
+    assert "line: not compiled, which changes nothing but speed (No working C++ compiler found)\n" in capsys.readouterr().err
+    assert not run.hardware.compile
+    training(tmp_path / "plain", Hardware(torch.device("cpu"), "fp32", 1)).run()
+    assert_same(*(torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("tried", "plain")))
+
+
+def test_left_auto_only_long_runs_on_cuda_are_compiled() -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [earns_compilation(*case) for case in ((cuda, LONG), (cuda, LONG - 1), (cpu, LONG))] == [True, False, False]
