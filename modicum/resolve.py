@@ -11,9 +11,9 @@ from modicum.config import validate
 from modicum.data.images import Images
 from modicum.errors import InputError
 from modicum.method import Decisions, Facts, Recipe, decide_momentum, find_method, settings_model
-from modicum.networks.backbones import Architecture, choose_architecture, view_step
+from modicum.networks.backbones import Architecture, choose_architecture, names_layers, view_step
 from modicum.record import warn
-from modicum.settings import AUTO, DataSettings, Experiment, PretrainSettings
+from modicum.settings import AUTO, DataSettings, Experiment, FinetuneSettings, PretrainSettings
 from modicum.views.policies import build_policy
 
 HAVE_MOMENTUM = {"sgd", "lars"}  # AdamW's averages go by other names
@@ -57,6 +57,8 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             decide("pretrain.", _batch_size(experiment.pretrain, len(images.rows("train"))))
         else:
             decide("finetune.", _only_auto(section, {"ema_momentum": decide_momentum(0.999, section["steps"], share=0.1)}))
+            decide("finetune.", _only_auto(section, {"export": _export(section["method"])}))
+            _refuse_idle_rates(experiment.finetune, architecture)
         batch, ranks = section["batch_size"], distributed.announced_ranks()
         if batch % ranks:
             raise InputError(f"{stage}.batch_size = {batch} cannot be dealt evenly to {ranks} ranks: choose a multiple of {ranks}.")
@@ -169,6 +171,25 @@ def _optimizer(settings: dict[str, Any], recipe: Recipe, method: str, batch: int
             "nesterov": (recipe.nesterov and accelerates, own if accelerates else f"{chosen} has none"),
         },
     )
+
+
+def _export(method: dict[str, Any]) -> tuple[str, str]:
+    teacher = method.get("teacher", "none")
+    if teacher != "none" and teacher["norm"] == "eman":
+        return "eman", "the teacher's averaged weights and norm statistics"
+    return "ema", "averaged weights"
+
+
+def _refuse_idle_rates(settings: FinetuneSettings, architecture: Architecture) -> None:
+    """Raises InputError for a learning rate of the backbone that nothing would have, or that its layers cannot have."""
+    if settings.frozen:
+        if settings.init == "random":
+            raise InputError("finetune.freeze_backbone leaves finetune.init = random as it was drawn; start from a pretrained backbone.")
+        for key, idle in (("layer_decay", settings.layer_decay != 1), ("backbone_lr_scale", settings.backbone_lr_scale not in (0, 1))):
+            if idle:
+                raise InputError(f"finetune.{key} = {getattr(settings, key)} would do nothing, since the backbone is frozen: leave it out.")
+    if settings.layer_decay != 1 and not names_layers(architecture):
+        raise InputError(f"finetune.layer_decay: timm does not say what the layers of {architecture.name} are; leave it at 1.")
 
 
 def _refuse_long_warmup(stage: str, section: dict[str, Any]) -> None:

@@ -165,7 +165,8 @@ def summaries(rows: Iterable[Row]) -> list[Summary]:
     groups: dict[tuple[str, str, str, int], list[float]] = {}
     for row in rows:
         if row["protocol"] != "knn":
-            groups.setdefault((row["variant"], row["protocol"], row["features"], row["labels"]), []).append(row["top1"])
+            protocol = f"finetuned_weights: {row['weights']}" if row["protocol"] == "finetuned_weights" else row["protocol"]
+            groups.setdefault((row["variant"], protocol, row["features"], row["labels"]), []).append(row["top1"])
     found = [
         Summary(*key, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
         for key, values in groups.items()

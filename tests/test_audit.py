@@ -125,7 +125,12 @@ def test_an_epoch_in_which_nothing_counts_is_said_with_what_to_change(tmp_path: 
     assert "steps 5" not in told
     for number in range(8, 12):
         step(audit, method, number, [3, 4, 5], [1, 1, 1])
-    assert "name only 1 of 3 classes" in " ".join(capfd.readouterr().err.split())
+    told = " ".join(capfd.readouterr().err.split())
+    assert "steps 9 to 12: the guesses that count have collapsed" in told
+    assert "over 1.0 equal classes, the labels as over 3.0, and 100% name 'dog'" in told
+    for number in range(12, 16):
+        step(audit, method, number, [3, 4, 5], [1, 1, 1])
+    assert "collapsed" not in capfd.readouterr().err  # once a run
 
 
 def test_a_resumed_audit_equals_an_uninterrupted_one(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modicum import distributed
-from modicum.data.batches import positions
+from modicum.data.batches import balanced_positions, positions
 from modicum.data.images import Images
 from modicum.randomness import generator
 from modicum.views.policies import Policy
@@ -86,6 +86,7 @@ class Stream:
     batch_size: int  # over all ranks
     device: torch.device
     keys: tuple[int | str, ...]  # seed, stage, name of the stream
+    balanced: bool = False  # whether every class, not every image, comes equally often
 
     @classmethod
     def of(
@@ -97,13 +98,22 @@ class Stream:
         device: torch.device,
         *keys: int | str,
         labelled: bool = False,
+        balanced: bool = False,
     ) -> "Stream":
         pixels = images.pixels.to(device) if device.type != "cpu" and images.pixels.nbytes <= ON_DEVICE_BYTES else images.pixels
         labels = torch.tensor(images.labels[rows]) if labelled else torch.empty(0, dtype=torch.int64)
-        return cls(pixels, torch.tensor(rows), labels, policies, batch_size, device, keys)
+        return cls(pixels, torch.tensor(rows), labels, policies, batch_size, device, keys, balanced)
 
     def images(self, chosen: Tensor) -> Tensor:
         return self.pixels[self.rows[chosen].to(self.pixels.device)].to(self.device)
 
     def sample(self, step: int) -> Sample:
-        return Sample(self, step, positions(len(self.rows), step * self.batch_size, self.batch_size, *self.keys, "order"))
+        start, keys = step * self.batch_size, (*self.keys, "order")
+        if self.balanced:
+            return Sample(self, step, balanced_positions(self.classes, start, self.batch_size, *keys))
+        return Sample(self, step, positions(len(self.rows), start, self.batch_size, *keys))
+
+    @cached_property
+    def classes(self) -> list[Tensor]:
+        """The positions of each class's images, of classes that have any."""
+        return [torch.nonzero(self.labels == label)[:, 0] for label in self.labels.unique()]
