@@ -132,11 +132,9 @@ class Audit:
                 f"steps {began + 1} to {done}: no guess on an unlabelled image counted (the surest: {found['confidence'].max():.2f}), so "
                 "they taught nothing. Lower finetune.method.threshold, or start better: finetune.warm_start=propagate, longer pretraining."
             )
-        if not used.any() or "few" in self.warned:
-            return
         shares = class_shares(found["guess"][used], len(self.names))
         guessed, given = effective_classes(shares), effective_classes(self.prior)
-        if guessed <= given / 2:
+        if used.sum() >= 3 * given and guessed <= given / 2 and "few" not in self.warned:  # fewer guesses cannot name all
             self.warned.add("few")
             warn(
                 f"steps {began + 1} to {done}: the guesses that count have collapsed onto few classes: they are spread as over "
