@@ -187,7 +187,7 @@ def _refuse_idle_rates(settings: FinetuneSettings, architecture: Architecture) -
             raise InputError("finetune.freeze_backbone leaves finetune.init = random as it was drawn; start from a pretrained backbone.")
         for key, idle in (("layer_decay", settings.layer_decay != 1), ("backbone_lr_scale", settings.backbone_lr_scale not in (0, 1))):
             if idle:
-                raise InputError(f"finetune.{key} = {getattr(settings, key)} would do nothing, since the backbone is frozen: leave it out.")
+                raise InputError(f"finetune.{key} = {getattr(settings, key)} would do nothing, since the backbone is frozen: set it to 1.")
     if settings.layer_decay != 1 and not names_layers(architecture):
         raise InputError(f"finetune.layer_decay: timm does not say what the layers of {architecture.name} are; leave it at 1.")
 
