@@ -138,7 +138,7 @@ class Audit:
             self.warned.add("few")
             warn(
                 f"steps {began + 1} to {done}: the guesses that count have collapsed onto few classes: they are spread as over "
-                f"{guessed:.1f} equal classes, the labels as over {given:.1f}, and {shares.max():.0%} name {self.names[shares.argmax()]!r}. "
+                f"{guessed:.1f} equal classes, the labels as over {given:.1f}; {shares.max():.0%} name {self.names[shares.argmax()]!r}. "
                 "Set finetune.method.distribution_alignment=uniform, labelled or estimated where the method has it, or "
                 "finetune.warm_start=propagate."
             )

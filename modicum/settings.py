@@ -135,7 +135,7 @@ class FinetuneSettings(Settings):
     )
     export: Auto | Literal["student", "ema", "eman"] = Field(
         "auto",
-        description="weights of the classifier: student, the last; ema, averaged with the student's norm statistics; eman, with averaged ones",
+        description="weights of the classifier: student, the last; ema, averaged ones; eman, averaged ones and averaged norm statistics",
     )
     baselines: list[Literal["random", "pretrained", "all_labels"]] = Field(
         ["random", "pretrained", "all_labels"], description="supervised runs of the same length to compare with"

@@ -138,15 +138,15 @@ def test_the_settings_say_which_weights_are_exported_and_the_others_lie_beside(
     assert not (baselines[0].folder / "weights").exists()
 
 
-@pytest.mark.parametrize(("setting", "norm"), [("freeze_backbone=true", "eman"), ("freeze_backbone=true", "bn"), ("backbone_lr_scale=0", "bn")])
+@pytest.mark.parametrize(
+    ("setting", "norm"), [("freeze_backbone=true", "eman"), ("freeze_backbone=true", "bn"), ("backbone_lr_scale=0", "bn")]
+)
 def test_a_frozen_backbone_stays_as_it_is_to_the_last_bit_and_the_head_learns(
     digits: Images, tmp_path: Path, start: Path, setting: str, norm: str
 ) -> None:
     """Statistics too, although validation images are read in between, and in the teacher as well."""
     scale = [] if "scale" in setting else ["finetune.backbone_lr_scale=1"]
-    session = session_of(
-        digits, tmp_path, FIXMATCH % norm, f"finetune.init={start}", "finetune.labels=200", f"finetune.{setting}", *scale
-    )
+    session = session_of(digits, tmp_path, FIXMATCH % norm, f"finetune.init={start}", "finetune.labels=200", f"finetune.{setting}", *scale)
     main, from_random, *_ = variants(session)
     train(session, main)
     assert any(name == "validation_accuracy" for _, name, _ in Metrics.read(tmp_path / "finetune" / "metrics.csv"))
@@ -207,7 +207,10 @@ def test_each_layer_has_its_share_of_the_learning_rate_of_the_next(build: Any, l
     ("overrides", "sentence"),
     [
         (["finetune.freeze_backbone=true", "finetune.init=random"], "freeze_backbone leaves finetune.init = random as it was drawn"),
-        (["finetune.freeze_backbone=true", "finetune.backbone_lr_scale=1", "finetune.layer_decay=0.7"], "layer_decay = 0.7 would do nothing"),
+        (
+            ["finetune.freeze_backbone=true", "finetune.backbone_lr_scale=1", "finetune.layer_decay=0.7"],
+            "layer_decay = 0.7 would do nothing",
+        ),
         (["finetune.freeze_backbone=true", "finetune.backbone_lr_scale=0.5"], "backbone_lr_scale = 0.5 would do nothing"),
         (["finetune.layer_decay=1.5"], "layer_decay = 1.5 is not possible"),
         (["finetune.layer_decay=0.7", "backbone.name=test_without_layers"], "timm does not say what the layers"),

@@ -113,8 +113,9 @@ def test_shares_that_do_not_fit_the_classes_are_refused(digits: Images, given: s
 
 def tail_session(images: Images, folder: Path, *overrides: str) -> Any:
     settings = [
-        "pretrain.method.queue_size=auto", "finetune.init=random", "finetune.steps=40", "finetune.warmup_steps=0", "finetune.warm_start=none", "finetune.batch_size=10",
-        "finetune.mu=4", "finetune.baselines=[]", "finetune.labels=60", "finetune.balance=proportional", "finetune.backbone_lr_scale=1",
+        "pretrain.method.queue_size=auto", "finetune.init=random", "finetune.warm_start=none", "finetune.backbone_lr_scale=1",
+        "finetune.steps=40", "finetune.warmup_steps=0", "finetune.batch_size=10", "finetune.mu=4", "finetune.baselines=[]",
+        "finetune.labels=60", "finetune.balance=proportional",
     ]  # fmt: skip
     experiment, _ = resolve(load_experiment("digits", [*settings, *overrides]), images)
     splits = make_splits(images, experiment.finetune)

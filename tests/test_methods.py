@@ -91,7 +91,17 @@ def backbone(name: str) -> Backbone:
 
 
 def build(stage: str, name: str, settings: dict[str, Any], architecture: str = "residual") -> Method:
-    facts = Facts(64, CLASSES, SIZE, STEPS, BATCH, ema_momentum=0.9, num_labelled=BATCH, num_unlabelled=2 * BATCH, class_shares=(1 / CLASSES,) * CLASSES)
+    facts = Facts(
+        64,
+        CLASSES,
+        SIZE,
+        STEPS,
+        BATCH,
+        ema_momentum=0.9,
+        num_labelled=BATCH,
+        num_unlabelled=2 * BATCH,
+        class_shares=(1 / CLASSES,) * CLASSES,
+    )
     kind = find_method(stage, name)
     resolved = settings_model(kind)(**settings).model_dump()
     for key, (value, _) in kind.decide(resolved, facts).items():

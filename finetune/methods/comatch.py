@@ -35,7 +35,9 @@ class CoMatch(SemiSupervised):
         smoothing: Annotated[float, Ge(0), Le(1), "share of its own in a guess, the rest from neighbours"] = 0.9,
         graph_threshold: Annotated[float, Ge(0), Le(1), "agreement of guesses from which images are joined"] = 0.8,
         memory_size: Annotated[int, Ge(1), "images that guesses are smoothed by"] = AUTO,
-        distribution_alignment: Annotated[Prior, "how often guesses are made to name each class: none, uniform, labelled, estimated, or shares"] = "uniform",
+        distribution_alignment: Annotated[
+            Prior, "how often guesses are made to name each class: none, uniform, labelled, estimated, or shares"
+        ] = "uniform",
         embedding_size: Annotated[int, Ge(1), "of the projector"] = 64,
         lambda_u: Annotated[float, Ge(0), "weight of the unlabelled loss"] = 1.0,
         lambda_c: Annotated[float, Ge(0), "weight of the embeddings' loss"] = 1.0,

@@ -26,7 +26,9 @@ class FixMatch(WeakToStrong):
         *,
         threshold: Annotated[float, Gt(0), Le(1), "confidence from which a prediction counts as a label"] = 0.95,
         lambda_u: Annotated[float, Ge(0), "weight of the unlabelled loss"] = 1.0,
-        distribution_alignment: Annotated[Prior, "how often guesses are made to name each class: none, uniform, labelled, estimated, or shares"] = "none",
+        distribution_alignment: Annotated[
+            Prior, "how often guesses are made to name each class: none, uniform, labelled, estimated, or shares"
+        ] = "none",
         weak_in_batch: Annotated[bool, "weak views go through the student's one pass, as in the original code"] = False,
         teacher: Annotated[TeacherOrNone, "who predicts on weak views; none: the student itself"] = "none",
     ) -> None:

@@ -30,7 +30,9 @@ class ReMixMatch(SemiSupervised):
         *,
         temperature: Annotated[float, Gt(0), "below 1 sharpens the guesses"] = 0.5,
         alpha: Annotated[float, Gt(0), "of the Beta distribution that shares are drawn from"] = 0.75,
-        distribution_alignment: Annotated[Prior, "how often guesses are made to name each class: none, uniform, labelled, estimated, or shares"] = "labelled",
+        distribution_alignment: Annotated[
+            Prior, "how often guesses are made to name each class: none, uniform, labelled, estimated, or shares"
+        ] = "labelled",
         lambda_u: Annotated[float, Ge(0), "weight of the mixed unlabelled loss at the end of the ramp"] = 1.5,
         lambda_s: Annotated[float, Ge(0), "weight of the strong views that are not mixed, at the end of the ramp"] = 0.5,
         lambda_r: Annotated[float, Ge(0), "weight of telling by how many quarters an image is turned"] = 0.5,

@@ -33,7 +33,9 @@ class SimMatch(SemiSupervised):
         temperature: Annotated[float, Gt(0), "of similarities"] = 0.1,
         smoothing: Annotated[float, Ge(0), Le(1), "share of its own in a guess, the rest from the labelled images it is like"] = 0.9,
         bank_momentum: Annotated[float, Ge(0), Lt(1), "share of a labelled image's embedding that is kept"] = 0.7,
-        distribution_alignment: Annotated[Prior, "how often guesses are made to name each class: none, uniform, labelled, estimated, or shares"] = "uniform",
+        distribution_alignment: Annotated[
+            Prior, "how often guesses are made to name each class: none, uniform, labelled, estimated, or shares"
+        ] = "uniform",
         embedding_size: Annotated[int, Ge(1), "of the projector"] = 128,
         lambda_u: Annotated[float, Ge(0), "weight of the unlabelled loss"] = 1.0,
         lambda_i: Annotated[float, Ge(0), "weight of the likeness to labelled images"] = 1.0,

@@ -28,7 +28,9 @@ class SoftMatch(WeakToStrong):
         *,
         lambda_u: Annotated[float, Ge(0), "weight of the unlabelled loss"] = 1.0,
         sigmas: Annotated[float, Gt(0), "how steeply weights fall: deviations of the weight within one of the confidence"] = 2.0,
-        distribution_alignment: Annotated[Prior, "of guesses whose confidence is measured, not of those learnt; as in fixmatch"] = "uniform",
+        distribution_alignment: Annotated[
+            Prior, "of guesses whose confidence is measured, not of those learnt; as in fixmatch"
+        ] = "uniform",
         momentum: Annotated[float, Ge(0), Lt(1), "of the running mean and variance of the confidence"] = AUTO,
         teacher: Annotated[TeacherOrNone, "who predicts on weak views; none: the student itself"] = "none",
     ) -> None:
