@@ -17,13 +17,13 @@ CONTAINERS = ("state_dict", "model", "model_state_dict", "teacher", "student")  
 def initial_backbone(init: str | None, experiment: Experiment) -> Backbone:
     """The experiment's backbone with the weights of `init`, or random ones drawn from the seed where it is None.
 
-    `init` is a backbone folder, a safetensors file or a torch checkpoint of any project, whose entries may carry a prefix such
+    `init` is a backbone folder of ours or timm's, a safetensors file or a torch checkpoint of any project, whose entries may carry a prefix such
     as `module.encoder_q.`. Every weight of the backbone is found, or InputError says what the file holds instead.
     """
     backbone = create_backbone(experiment.backbone, int(experiment.data.channels), int(experiment.data.image_size), experiment.seed)
     if init is None:
         return backbone
-    path = Path(init)
+    path = _weights_in(Path(init))
     if path.is_dir():
         given, _ = load_backbone(path)
         if given.architecture != backbone.architecture:
@@ -36,6 +36,14 @@ def initial_backbone(init: str | None, experiment: Experiment) -> Backbone:
         return given
     fill(backbone.network, _backbone_part(_read_weights(path), backbone.network.state_dict(), path), path)
     return backbone
+
+
+def _weights_in(path: Path) -> Path:
+    """Of a folder that timm wrote the file with the weights, which is read as any other; a folder of ours is itself."""
+    config = path / "config.json"
+    if not config.is_file() or '"modicum"' in config.read_text(encoding="utf-8"):
+        return path
+    return next((file for file in (path / "model.safetensors", path / "pytorch_model.bin") if file.is_file()), path)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
