@@ -17,8 +17,8 @@ CONTAINERS = ("state_dict", "model", "model_state_dict", "teacher", "student")  
 def initial_backbone(init: str | None, experiment: Experiment) -> Backbone:
     """The experiment's backbone with the weights of `init`, or random ones drawn from the seed where it is None.
 
-    `init` is a backbone folder of ours or timm's, a safetensors file or a torch checkpoint of any project, whose entries may carry a prefix such
-    as `module.encoder_q.`. Every weight of the backbone is found, or InputError says what the file holds instead.
+    `init` is a backbone folder of ours or timm's, a safetensors file or a torch checkpoint of any project, whose entries may carry a
+    prefix such as `module.encoder_q.`. Every weight of the backbone is found, or InputError says what the file holds instead.
     """
     backbone = create_backbone(experiment.backbone, int(experiment.data.channels), int(experiment.data.image_size), experiment.seed)
     if init is None:

@@ -40,7 +40,9 @@ class AdaMatch(WeakToStrong):
     ) -> None:
         super().__init__(backbone, facts, teacher)
         self.threshold, self.lambda_u, self.seed = threshold, lambda_u, seed
-        self.align = DistributionAlignment(distribution_alignment, facts, momentum)
+        self.predicted = distribution_alignment == "predicted"
+        own: Prior = "uniform" if distribution_alignment == "predicted" else distribution_alignment
+        self.align = DistributionAlignment(own, facts, momentum)
         self.prior = RunningMean(torch.full((facts.num_classes,), 1 / facts.num_classes), momentum)
 
     def predict(self, labelled: Sample, unlabelled: Sample) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +56,7 @@ class AdaMatch(WeakToStrong):
 
     def judge(self, targets: Tensor, unlabelled: Sample, logits: Tensor) -> tuple[Tensor, Tensor]:
         known = logits.chunk(2)[0].softmax(dim=1)  # of the weak views
-        targets = self.align(targets, self.prior(known) if self.align.kind == "predicted" else None)
+        targets = self.align(targets, self.prior(known) if self.predicted else None)
         level = self.threshold * distributed.gather(known.amax(dim=1)).mean()
         return targets, (targets.amax(dim=1) >= level).float()
 
