@@ -100,7 +100,7 @@ def train(session: Session, variant: Variant) -> None:
         stage_facts("finetune", settings.model_dump(), images),
         num_labelled=len(variant.labelled),
         num_unlabelled=len(variant.unlabelled),
-        class_shares=tuple(class_shares(images.labels[variant.labelled], images.num_classes)),
+        class_shares=tuple(class_shares(images.labels[variant.labelled], images.num_classes).tolist()),
     )
     backbone = initial_backbone(variant.init, experiment)
     if settings.frozen and variant.init is not None:  # the baseline from random weights has to learn all of them

@@ -134,6 +134,8 @@ def test_a_long_tail_is_learnt_from_balanced_batches_and_aligned_guesses(long_ta
     assert session.splits["split"].eq("labelled").sum() == 60
     [variant] = variants(session)
     train(session, variant)
+    kept = torch.load(tmp_path / "finetune" / "state.pt", weights_only=True)["method"]["align.prior"]
+    assert kept.dtype == torch.float32
     found = last_epoch(tmp_path)
     priors = np.array([found[f"epoch/prior/{name}"] for name in long_tail.class_names])
     assert priors[0] > 8 * priors[-1]  # the labels have the long tail
