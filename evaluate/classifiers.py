@@ -40,11 +40,21 @@ class Classifiers:
         write_table(self.out / "predictions.csv", galleries.predictions(images, sets.unlabelled, scores[sets.unlabelled], names))
         if not len(sets.test):
             return
-        self._add("finetuned", "finetuned", "finetuned", scores[sets.test], len(sets.few), self.settings.method["name"])
+        method = {"method": self.settings.method["name"], "weights": self.settings.export}
+        self._add("finetuned", "finetuned", "finetuned", scores[sets.test], len(sets.few), **method)
+        self.judge_weights()
         pictures.add_mistakes(images, galleries.mistakes(scores[sets.test], sets, MISTAKES_SHOWN))
         confusion = metrics.confusion_matrix(sets.labels[sets.test], scores[sets.test].argmax(axis=1), sets.num_classes)
         write_table(self.out / "confusion.csv", pd.DataFrame(confusion, index=pd.Index(names, name="true"), columns=names), index=True)
         self.found.confusion = confusion
+
+    def judge_weights(self) -> None:
+        """The same training's weights that are not exported: for the record, after the settings have chosen."""
+        pixels, truth = self.images.pixels[self.sets.test], self.sets.labels[self.sets.test]
+        for folder in sorted((self.folder / "weights").glob("*/")):
+            scores = self.scores(folder, f"weights_{folder.name}", pixels)
+            more = {"method": self.settings.method["name"], "weights": folder.name}
+            self.found.rows.append(self.judge.row("finetuned_weights", "finetuned", len(self.sets.few), scores, truth, **more))
 
     def judge_baselines(self) -> None:
         if not len(self.sets.test):
@@ -55,7 +65,7 @@ class Classifiers:
             folder = self.folder / "baselines" / name / "classifier"
             if name in self.settings.baselines and folder.exists():
                 labels = len(self.sets.known if name == "all_labels" else self.sets.few)
-                self._add(name, "supervised", features, self.scores(folder, f"baseline_{name}", pixels), labels, "supervised")
+                self._add(name, "supervised", features, self.scores(folder, f"baseline_{name}", pixels), labels, method="supervised")
 
     def judge_refits(self) -> None:
         """The images behind the labels that stage two trains on, each judged by the refit that was not told its label."""
@@ -71,7 +81,7 @@ class Classifiers:
         method = {"method": self.settings.method["name"], "folds": len(held_out)}
         self.found.rows.append(self.judge.row("finetuned_cross_validated", "finetuned", few, np.concatenate(scores), truth, **method))
 
-    def _add(self, name: str, protocol: str, features: str, scores: np.ndarray, labels: int, method: str) -> None:
+    def _add(self, name: str, protocol: str, features: str, scores: np.ndarray, labels: int, **more: str) -> None:
         truth = self.sets.labels[self.sets.test]
         self.found.right[name] = metrics.top_correct(scores, truth, 1)
-        self.found.rows.append(self.judge.row(protocol, features, labels, scores, truth, method=method))
+        self.found.rows.append(self.judge.row(protocol, features, labels, scores, truth, **more))

@@ -104,16 +104,18 @@ class FeatureStore:
         self._pixels: dict[int, tuple[Pixels, str]] = {}  # the tensor too: freed, its id would go to another
 
     def features(self, name: str, network: nn.Module, preprocessing: Preprocessing, pixels: Pixels) -> torch.Tensor:
-        """float32 (N, D) for `pixels` uint8 (N, C, S, S), from a file `name`.safetensors if it holds just these."""
+        """float32 (N, D) for `pixels` uint8 (N, C, S, S), from a file if one holds just these, else made and kept as `name`.safetensors.
+
+        A frozen backbone's features are thus extracted once, whatever classifiers stand on it.
+        """
         if id(pixels) not in self._pixels:
             self._pixels[id(pixels)] = pixels, pixels_fingerprint(pixels)
         identity = (weights_fingerprint(network), self._pixels[id(pixels)][1], repr(preprocessing), self.hardware.precision)
         fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
-        file = f"{name}.safetensors"
-        for place in self.places:
-            kept = read_features(place / file, fingerprint)
+        for path in (path for place in self.places for path in sorted(place.glob("*.safetensors"))):
+            kept = read_features(path, fingerprint)
             if kept is not None:
                 return kept
         made = extract(network, pixels, preprocessing, self.hardware, self.batch_size, f"features ({name})")
-        write_features(self.places[0] / file, made, fingerprint)
+        write_features(self.places[0] / f"{name}.safetensors", made, fingerprint)
         return made

@@ -17,7 +17,7 @@ from modicum.settings import EvaluateSettings
 Row = dict[str, Any]
 
 
-COLUMNS = ["protocol", "features", "labels", "k", "C", "method", "chosen", "folds", "top1", "low", "high", "top5", "images"]
+COLUMNS = ["protocol", "features", "labels", "k", "C", "method", "weights", "chosen", "folds", "top1", "low", "high", "top5", "images"]
 
 
 def row_table(rows: list[Row]) -> pd.DataFrame:
@@ -73,7 +73,7 @@ class Judge:
         right = metrics.top_correct(scores, truth, 1)
         low, high = metrics.interval(right, self.settings.bootstrap, self.seed)
         top5 = float(metrics.top_correct(scores, truth, 5).mean()) if scores.shape[1] > 5 else None
-        empty = {"k": None, "C": None, "method": None, "chosen": None, "folds": None}
+        empty = {"k": None, "C": None, "method": None, "weights": None, "chosen": None, "folds": None}
         figures = {"top1": float(right.mean()), "low": low, "high": high, "top5": top5, "images": len(truth)}
         return {"protocol": protocol, "features": features, "labels": labels, **empty, **figures, **more}
 

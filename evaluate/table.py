@@ -12,6 +12,11 @@ from rich.text import Text
 BEST_K = 20
 SPELT = {"moco_v1": "MoCo v1", "moco_v2": "MoCo v2", "moco_v3": "MoCo v3", "simclr": "SimCLR", "simclr_v2": "SimCLR v2", "byol": "BYOL"}
 SPELT |= {"fixmatch": "FixMatch", "mean_teacher": "Mean Teacher", "supervised": "supervised training", "dino": "DINO", "vicreg": "VICReg"}
+WEIGHTS = {
+    "student": "last weights (student)",
+    "ema": "averaged weights (EMA)",
+    "eman": "averaged weights and norm statistics (EMAN)",
+}
 FEATURES = {"pretrained": "pretrained features", "random": "a random encoder", "pixels": "raw pixels"}
 
 
@@ -57,6 +62,8 @@ def lines(results: dict[str, Any]) -> list[Line]:
     }[start]
     table.add(first, headline=True, protocol="finetuned")
     table.add(f"{first}, cross-validated on the labels", protocol="finetuned_cross_validated")
+    for weights, words in WEIGHTS.items():
+        table.add(f"the same training's {words}", protocol="finetuned_weights", weights=weights)
     table.add("same network, supervised, from random weights", protocol="supervised", features="random")
     table.add("same network, supervised, from the backbone", protocol="supervised", features="pretrained")
     for features, words in FEATURES.items():

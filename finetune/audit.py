@@ -1,5 +1,6 @@
 """Are the pseudo-labels right? The truth of benchmarks is used here, for the record alone; no method can reach it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ class Audit:
         self.truth = images.labels.copy()
         self.truth[labelled] = UNKNOWN  # a network is right about what it was told
         self.device_truth = torch.tensor(self.truth, device=device)
-        self.prior = np.bincount(images.labels[labelled], minlength=images.num_classes) / len(labelled)
+        self.prior = class_shares(images.labels[labelled], images.num_classes)
         self.ledger = method.ledger = Ledger(len(self.truth)).to(device)
         self.metrics: Metrics | None = None
         self.warned: set[str] = set()
@@ -84,6 +85,17 @@ class Audit:
             Monitor(epoch, lambda: self.read("epoch", epoch)),
         ]
 
+    def agreement(self, every: int, outputs: Callable[[nn.Module], Tensor]) -> Monitor:
+        """The share of the images behind `outputs`, which gives a network's logits (N, C), that student and average name alike."""
+
+        def read() -> Figures:
+            if self.method.guesses is not None:
+                student, average = (outputs(self.method.classifier(kind)).argmax(dim=1) for kind in ("student", self.method.average_kind))
+                self.write({"agreement": float((student == average).float().mean())})
+            return {}
+
+        return Monitor(every, read)
+
     def read(self, scope: str, every: int) -> Figures:
         """Writes the figures of the stretch of `every` steps that ends now. Nothing goes into metrics.csv."""
         if self.method.guesses is None:
@@ -99,13 +111,17 @@ class Audit:
                 figures["flips"] = float((found["guess"] != found["earlier"])[again].mean())
             self.ledger.earlier.copy_(self.ledger.guess)
             self.warn(found, bool((truth != UNKNOWN).any()), began, done)
-        if self.metrics is None:
-            self.metrics = Metrics(self.folder / "audit.csv", resume_step=done - 1)
-        self.metrics.write(done, {f"{scope}/{name}": value for name, value in figures.items()})
+        self.write({f"{scope}/{name}": value for name, value in figures.items()})
         return {}
 
+    def write(self, figures: Figures) -> None:
+        done = self.method.progress.step + 1
+        if self.metrics is None:
+            self.metrics = Metrics(self.folder / "audit.csv", resume_step=done - 1)
+        self.metrics.write(done, figures)
+
     def warn(self, found: dict[str, np.ndarray], known: bool, began: int, done: int) -> None:
-        """Once a run each: no truth, no guess that counts, guesses of few classes."""
+        """Once a run each: no truth, no guess that counts, guesses that have collapsed onto few classes."""
         if not known and "truth" not in self.warned:
             say("pseudo-label audit: no true label is known beside those given, so it tells shares, classes and flips but no accuracy.")
             self.warned.add("truth")
@@ -116,12 +132,15 @@ class Audit:
                 f"steps {began + 1} to {done}: no guess on an unlabelled image counted (the surest: {found['confidence'].max():.2f}), so "
                 "they taught nothing. Lower finetune.method.threshold, or start better: finetune.warm_start=propagate, longer pretraining."
             )
-        guessed = np.unique(found["guess"][used])
-        if used.any() and len(guessed) <= len(self.names) / 2 and "few" not in self.warned:
+        shares = class_shares(found["guess"][used], len(self.names))
+        guessed, given = effective_classes(shares), effective_classes(self.prior)
+        if used.sum() >= 3 * given and guessed <= given / 2 and "few" not in self.warned:  # fewer guesses cannot name all
             self.warned.add("few")
             warn(
-                f"steps {began + 1} to {done}: the guesses that count name only {len(guessed)} of {len(self.names)} classes. "
-                "Set finetune.method.distribution_alignment=true where the method has it, or finetune.warm_start=propagate."
+                f"steps {began + 1} to {done}: the guesses that count have collapsed onto few classes: they are spread as over "
+                f"{guessed:.1f} equal classes, the labels as over {given:.1f}; {shares.max():.0%} name {self.names[shares.argmax()]!r}. "
+                "Set finetune.method.distribution_alignment=uniform, labelled or estimated where the method has it, or "
+                "finetune.warm_start=propagate."
             )
 
 
@@ -129,7 +148,7 @@ def figures_of(
     guess: np.ndarray, confidence: np.ndarray, used: np.ndarray, truth: np.ndarray, prior: np.ndarray, names: tuple[str, ...]
 ) -> Figures:
     """What can be told of guessed classes (N,): without the truth (-1) shares and classes, with it whether they are right."""
-    shares = np.bincount(guess, minlength=len(names)) / max(1, len(guess))
+    shares = class_shares(guess, len(names))
     figures = {
         "images": float(len(guess)),
         "share_used": float(used.mean()),
@@ -151,6 +170,17 @@ def figures_of(
         if used[truth == number].any():
             figures[f"accuracy_used/{name}"] = float((right * used)[truth == number].sum() / used[truth == number].sum())
     return figures
+
+
+def class_shares(classes: np.ndarray, num_classes: int) -> np.ndarray:
+    """How often each class occurs among `classes` (N,), float64 (C,)."""
+    return np.bincount(classes, minlength=num_classes) / max(1, len(classes))
+
+
+def effective_classes(shares: np.ndarray) -> float:
+    """exp(entropy) of shares (C,): as many equally frequent classes are as hard to tell apart, 1 to C."""
+    present = shares[shares > 0]
+    return float(np.exp(-(present * np.log(present)).sum()))
 
 
 def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:

@@ -15,24 +15,26 @@ from modicum.checkpoint import Preprocessing, load_classifier, save_backbone, sa
 from modicum.data.images import UNKNOWN
 from modicum.data.stream import Stream
 from modicum.exchange import initial_backbone
-from modicum.finetune.audit import Audit, calibration_error
+from modicum.finetune.audit import Audit, calibration_error, class_shares
 from modicum.finetune.methods.noisy_student import NoisyStudent
 from modicum.finetune.methods.propagate import Propagate
 from modicum.finetune.outputs import outputs
 from modicum.finetune.propagation import Propagation
 from modicum.finetune.semi_supervised import SemiSupervised
 from modicum.finetune.warm_start import set_head
+from modicum.finetune.weights import KINDS, same
 from modicum.loop import Monitor, Training
 from modicum.method import find_method, settings_model
 from modicum.networks import Classifier
-from modicum.optim import build_optimizer, parameter_groups, schedule_with_warmup
+from modicum.optim import build_optimizer, groups_by_layer, parameter_groups, schedule_with_warmup
 from modicum.record import Metrics, is_rank_zero, say
 from modicum.resolve import stage_facts, view_arguments
 from modicum.session import Session
 from modicum.settings import FinetuneSettings
 from modicum.views.policies import build_policy
 
-VALIDATION_READINGS = 20  # over a run
+READINGS = 20  # of validation images and of the agreement with the average, over a run
+AGREEMENT_IMAGES = 512
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Variant:
     unlabelled: np.ndarray  # rows
     init: str | None  # None: random weights
     warm_start: str = "none"
+    compared: bool = False  # whether the weights that are not exported are kept, too, to be judged
 
 
 def run(session: Session) -> None:
@@ -66,7 +69,7 @@ def variants(session: Session) -> list[Variant]:
     supervised = supervised_method()
     unlabelled = unlabelled_rows(settings, session.splits)
     title = f"finetune {settings.method['name']}"
-    chosen = [Variant(title, folder, settings.method, labelled, unlabelled, start, settings.warm_start)]
+    chosen = [Variant(title, folder, settings.method, labelled, unlabelled, start, settings.warm_start, compared=True)]
     for name, rows, init in (("random", labelled, None), ("pretrained", labelled, start), ("all_labels", everything, start)):
         same = any((supervised, init, len(rows), "none") == (v.method, v.init, len(v.labelled), v.warm_start) for v in chosen)
         if name in settings.baselines and not same:
@@ -88,6 +91,7 @@ def refits(session: Session, whole: Variant) -> list[Variant]:
             folder=whole.folder / "refits" / str(number),
             labelled=np.setdiff1d(whole.labelled, held),
             unlabelled=np.union1d(whole.unlabelled, held),
+            compared=False,
         )
         for number, held in enumerate(held_out, start=1)
     ]
@@ -102,13 +106,14 @@ def with_teachers(variant: Variant) -> Iterator[Variant]:
     """The variant, after the runs whose classifiers teach it: one on the labels, unless its settings name a teacher, and its rounds."""
     method = variant.method
     if "teacher_from" in method and method["teacher_from"] is None:
-        first = replace(variant, title=f"{variant.title}, teacher", folder=variant.folder / "teacher", method=supervised_method())
+        title, folder = f"{variant.title}, teacher", variant.folder / "teacher"
+        first = replace(variant, title=title, folder=folder, method=supervised_method(), compared=False)
         yield first
         method = {**method, "teacher_from": str(first.folder / "classifier")}
     rounds = method.get("rounds", 1)
     for number in range(1, rounds):
         title, folder = f"{variant.title}, round {number} of {rounds}", variant.folder / "rounds" / str(number)
-        yield replace(variant, title=title, folder=folder, method=method)
+        yield replace(variant, title=title, folder=folder, method=method, compared=False)
         method = {**method, "teacher_from": str(folder / "classifier")}
     yield replace(variant, method=method)
 
@@ -121,8 +126,11 @@ def train(session: Session, variant: Variant) -> None:
         stage_facts("finetune", settings.model_dump(), images),
         num_labelled=len(variant.labelled),
         num_unlabelled=len(variant.unlabelled),
+        class_shares=tuple(class_shares(images.labels[variant.labelled], images.num_classes).tolist()),
     )
     backbone = initial_backbone(variant.init, experiment, settings.projector_layers)
+    if settings.frozen and variant.init is not None:  # the baseline from random weights has to learn all of them
+        backbone.freeze()
     method = find_method("finetune", variant.method["name"]).from_settings(backbone, facts, experiment.seed, variant.method)
     assert isinstance(method, SemiSupervised)
     monitors = validation_monitors(session, method)
@@ -133,12 +141,23 @@ def train(session: Session, variant: Variant) -> None:
         start_head(session, variant, method, monitors)
     if method.views:
         training(session, variant, method, monitors).run()
-    classifier = exported(method, settings)
-    preprocessing = Preprocessing.of(experiment.data)
     if is_rank_zero():
-        save_backbone(variant.folder / "backbone", classifier.backbone, preprocessing)
-        save_classifier(variant.folder / "classifier", classifier, preprocessing, images.class_names)
+        save(session, variant, method)
     distributed.barrier()  # until the classifier is there, which may teach the next run
+
+
+def save(session: Session, variant: Variant, method: SemiSupervised) -> None:
+    """The exported weights, as the settings say; no image has a say in it. Beside them those of other kinds, where they differ."""
+    experiment, names = session.experiment, session.images.class_names
+    preprocessing = Preprocessing.of(experiment.data)
+    saved = [method.classifier(experiment.finetune.export)]
+    for kind in KINDS if variant.compared else ():
+        other = method.classifier(kind)
+        if not any(same(other, one) for one in saved):
+            saved.append(other)
+            save_classifier(variant.folder / "weights" / kind, other, preprocessing, names)
+    save_backbone(variant.folder / "backbone", saved[0].backbone, preprocessing)
+    save_classifier(variant.folder / "classifier", saved[0], preprocessing, names)
 
 
 def training(session: Session, variant: Variant, method: SemiSupervised, monitors: list[Monitor]) -> Training:
@@ -162,20 +181,19 @@ def training(session: Session, variant: Variant, method: SemiSupervised, monitor
             variant.title,
             name,
             labelled=name == "labelled",
+            balanced=name == "labelled" and settings.sampling == "balanced",
         )
         for name, views in method.views.items()
     }
     audit = Audit(images, variant.labelled, method, variant.folder, hardware.device)
     epoch = math.ceil(len(rows["unlabelled"]) / sizes["unlabelled"])
-    parts = []  # averages among them have no gradient
-    for child in method.children():
-        parts += [(child.backbone, settings.backbone_lr_scale), (child.head, 1.0)] if isinstance(child, Classifier) else [(child, 1.0)]
-    groups = parameter_groups(parts, float(settings.optimizer.weight_decay))
+    few = min(AGREEMENT_IMAGES, len(variant.unlabelled))
+    watched = torch.from_numpy(variant.unlabelled[np.linspace(0, len(variant.unlabelled) - 1, few).astype(int)])
     return Training(
         title=variant.title,
         method=method,
         batch=lambda step: {name: stream.sample(step) for name, stream in streams.items()},
-        optimizer=build_optimizer(settings.optimizer, groups),
+        optimizer=build_optimizer(settings.optimizer, optimizer_groups(method, settings)),
         schedule=schedule_with_warmup(settings.schedule, settings.warmup_steps / settings.steps),
         steps=settings.steps,
         batch_size=sum(sizes[name] for name in streams),
@@ -184,7 +202,11 @@ def training(session: Session, variant: Variant, method: SemiSupervised, monitor
         seed=seed,
         log_every=settings.log_every,
         observe=audit.observe,
-        monitors=[*monitors, *audit.monitors(settings.log_every, epoch)],
+        monitors=[
+            *monitors,
+            *audit.monitors(settings.log_every, epoch),
+            audit.agreement(reading_interval(settings), lambda network: outputs(session, network, watched)),
+        ],
     )
 
 
@@ -195,6 +217,24 @@ def ask_teacher(session: Session, variant: Variant, method: SemiSupervised) -> N
     teacher, _, _ = load_classifier(Path(variant.method["teacher_from"]))
     method.listen(outputs(session, teacher.to(session.hardware.device), torch.from_numpy(variant.unlabelled)).softmax(dim=1))
     say(f"{variant.title}: {int((method.weight > 0).sum()):,} of the teacher's {len(method.weight):,} pseudo-labels count")
+
+
+def optimizer_groups(method: SemiSupervised, settings: FinetuneSettings) -> list[dict[str, object]]:
+    """The head first, whose learning rate is the run's."""
+    decay = float(settings.optimizer.weight_decay)
+    classifiers = [child for child in method.children() if isinstance(child, Classifier)]  # the student, and a teacher that is trained too
+    others = [child for child in method.children() if not isinstance(child, Classifier)]  # projectors; averages have no gradient
+    groups = parameter_groups([*((child.head, 1.0) for child in classifiers), *((child, 1.0) for child in others)], decay)
+    scale = settings.backbone_lr_scale or 1.0  # 0 freezes it, and leaves no parameter to learn
+    if settings.layer_decay == 1:
+        return groups + parameter_groups([(child.backbone, scale) for child in classifiers], decay)
+    for child in classifiers:
+        groups += groups_by_layer(child.backbone.network, scale, settings.layer_decay, decay)
+    return groups
+
+
+def reading_interval(settings: FinetuneSettings) -> int:
+    return max(1, settings.steps // READINGS)
 
 
 def start_head(session: Session, variant: Variant, method: SemiSupervised, monitors: list[Monitor]) -> None:
@@ -214,13 +254,6 @@ def unlabelled_rows(settings: FinetuneSettings, splits: pd.DataFrame) -> np.ndar
     return np.flatnonzero(splits["split"].isin(["unlabelled", *(["labelled"] if settings.labelled_in_unlabelled else [])]))
 
 
-def exported(method: SemiSupervised, settings: FinetuneSettings) -> Classifier:
-    """The averaged classifier, or the student's last weights, as the settings say; no image has a say in it."""
-    network = method.average.network if settings.export == "teacher" else method.student
-    assert isinstance(network, Classifier)
-    return network
-
-
 def validation_monitors(session: Session, method: SemiSupervised) -> list[Monitor]:
     """Accuracy on the validation part of the labels, where there is one. It is watched; nothing is chosen by it."""
     settings = session.experiment.finetune
@@ -230,8 +263,8 @@ def validation_monitors(session: Session, method: SemiSupervised) -> list[Monito
     truth = torch.tensor(session.images.labels)[rows]
 
     def read() -> dict[str, float]:
-        confidence, guesses = outputs(session, exported(method, settings), rows).softmax(dim=1).max(dim=1)
+        confidence, guesses = outputs(session, method.classifier(settings.export), rows).softmax(dim=1).max(dim=1)
         right = (guesses == truth).numpy()
         return {"validation_accuracy": float(right.mean()), "validation_calibration_error": calibration_error(confidence.numpy(), right)}
 
-    return [Monitor(max(1, settings.steps // VALIDATION_READINGS), read)]
+    return [Monitor(reading_interval(settings), read)]

@@ -1,5 +1,6 @@
 """What the methods of stage two share: a classifier, its moving average, targets without gradient, one pass with gradient."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 
 from modicum import distributed
 from modicum.data.stream import Batch, Sample
+from modicum.errors import InputError
+from modicum.finetune.alignment import check_prior
+from modicum.finetune.weights import AveragedStatistics
 from modicum.method import Decisions, Facts, Method, Progress, Recipe, decide_momentum
 from modicum.networks import Backbone, Classifier
 from modicum.settings import AUTO, TeacherSettings
@@ -42,9 +46,11 @@ class SemiSupervised(Method):
         self.has_teacher = teacher != "none"
         average = TeacherSettings(norm="bn", momentum=facts.ema_momentum) if teacher == "none" else teacher
         self.average = Teacher(self.student, average)
+        self.statistics = AveragedStatistics(self.student)
 
     def prepare(self, batch: Batch) -> None:
         self.average.start(self.student, batch["unlabelled" if "unlabelled" in batch else "labelled"].view(0))
+        self.statistics.update(self.student, 1.0)
 
     @torch.no_grad()
     def start_head(self, weight: Tensor, bias: Tensor) -> None:
@@ -75,6 +81,13 @@ class SemiSupervised(Method):
 
     @classmethod
     def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
+        teacher = settings.get("teacher", "none")
+        if teacher != "none" and teacher["norm"] == "shuffle_bn":
+            raise InputError(
+                "finetune.method.teacher.norm = shuffle_bn has no use in stage two, which compares no query with its key; "
+                "choose bn, sync_bn or eman."
+            )
+        check_prior(settings, facts)
         decisions = super().decide(settings, facts)
         if settings.get("momentum") == AUTO:  # of what a method keeps count of: confidence, classes
             decisions["momentum"] = decide_momentum(0.999, facts.steps, share=0.1)
@@ -82,6 +95,24 @@ class SemiSupervised(Method):
 
     def after_step(self, progress: Progress) -> None:
         self.average.update(self.student)
+        self.statistics.update(self.student, 1 - self.average.momentum)
+
+    @property
+    def average_kind(self) -> str:
+        """What its average is, of weights.KINDS."""
+        return "eman" if self.average.norm == "eman" else "ema"
+
+    @torch.no_grad()
+    def classifier(self, kind: str) -> Classifier:
+        """One of weights.KINDS: the student itself, or a copy of its average with the student's norm statistics or with averaged ones."""
+        if kind == "student":
+            return self.student
+        network: Any = copy.deepcopy(self.average.network)
+        for mine, theirs in zip(network.buffers(), self.student.buffers(), strict=True):
+            mine.copy_(theirs)
+        if kind == "eman":
+            self.statistics.write(network)
+        return network
 
 
 def in_one_pass(network: nn.Module, *images: Tensor) -> list[Tensor]:

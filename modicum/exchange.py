@@ -21,14 +21,14 @@ CONTAINERS = ("state_dict", "model", "model_state_dict", "teacher", "student")  
 def initial_backbone(init: str | None, experiment: Experiment, projector_layers: int = 0) -> Backbone:
     """The experiment's backbone with the weights of `init`, or random ones drawn from the seed where it is None.
 
-    `init` is a backbone folder, a safetensors file or a torch checkpoint of any project, whose entries may carry a prefix such
-    as `module.encoder_q.`. Every weight of the backbone is found, or InputError says what the file holds instead.
+    `init` is a backbone folder of ours or timm's, a safetensors file or a torch checkpoint of any project, whose entries may carry a
+    prefix such as `module.encoder_q.`. Every weight of the backbone is found, or InputError says what the file holds instead.
     With `projector_layers` 1 the first layer of the projector that lies beside a folder's backbone stays behind its features.
     """
     backbone = create_backbone(experiment.backbone, int(experiment.data.channels), int(experiment.data.image_size), experiment.seed)
     if init is None:
         return _with_random_projector(backbone, experiment.seed) if projector_layers else backbone
-    path = Path(init)
+    path = _weights_in(Path(init))
     if path.is_dir():
         given, _ = load_backbone(path)
         if projector_layers and not given.architecture.projector:
@@ -66,6 +66,14 @@ def refuse_unfit_teacher(key: str, folder: str, data: DataSettings, class_names:
 
 def _listed(classes: Sequence[str], most: int = 5) -> str:
     return ", ".join(classes[:most]) + (f" and {len(classes) - most} more" if len(classes) > most else "")
+
+
+def _weights_in(path: Path) -> Path:
+    """Of a folder that timm wrote the file with the weights, which is read as any other; a folder of ours is itself."""
+    config = path / "config.json"
+    if not config.is_file() or '"modicum"' in config.read_text(encoding="utf-8"):
+        return path
+    return next((file for file in (path / "model.safetensors", path / "pytorch_model.bin") if file.is_file()), path)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ class Facts:
     ema_momentum: float = 0.999  # stage two: of the average that is evaluated, for methods without a teacher
     num_labelled: int = 0  # images of the stream of that name; known once the labels are drawn, not when settings are decided
     num_unlabelled: int = 0
+    class_shares: tuple[float, ...] = ()  # of the labels, by class
 
     def share_of_run(self, epochs: float) -> float:
         """The share of the run, at most 1, that the first `epochs` take."""

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from timm.optim import Lars
+from timm.optim import Lars, param_groups_layer_decay
 from torch import nn
 
 from modicum.errors import InputError
@@ -114,6 +114,18 @@ def parameter_groups(
                 if chosen and scale:
                     groups.append({"params": chosen, "weight_decay": decay, "scale": scale, **asdict(pace)})
     return groups
+
+
+def groups_by_layer(network: nn.Module, scale: float, layer_decay: float, weight_decay: float) -> list[dict[str, object]]:
+    """The same for a network of timm's, whose last layer has the factor `scale`, and each below it `layer_decay` times the next one's.
+
+    What a layer is, timm says: a block of a residual network or of a transformer, the stem (arXiv:2106.08254, section 3.2).
+    """
+    groups = param_groups_layer_decay(network, weight_decay, layer_decay=layer_decay)
+    return [
+        {"params": group["params"], "weight_decay": group["weight_decay"], "scale": scale * group["lr_scale"], **asdict(Pace())}
+        for group in groups
+    ]
 
 
 def learning_rate(group: Mapping[str, Any], peak: float, schedule: Schedule, progress: float) -> float:

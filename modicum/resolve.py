@@ -12,7 +12,7 @@ from modicum.data.images import Images
 from modicum.errors import InputError
 from modicum.exchange import initial_backbone, refuse_unfit_teacher
 from modicum.method import Decisions, Facts, Method, decide_momentum, find_method, settings_model
-from modicum.networks.backbones import Architecture, choose_architecture, view_step
+from modicum.networks.backbones import Architecture, choose_architecture, names_layers, view_step
 from modicum.optim import decide_optimizer
 from modicum.record import warn
 from modicum.settings import AUTO, DataSettings, Experiment, FinetuneSettings, PretrainSettings
@@ -61,6 +61,8 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             _refuse_projector(settings["pretrain"]["method"], experiment.finetune)
             decide("finetune.", _images_a_step(experiment.finetune, method, len(images.rows("train"))))
             decide("finetune.", _only_auto(section, {"ema_momentum": decide_momentum(0.999, section["steps"], share=0.1)}))
+            decide("finetune.", _only_auto(section, {"export": _export(section["method"])}))
+            _refuse_idle_rates(experiment.finetune, architecture)
         batch, ranks = section["batch_size"], distributed.announced_ranks()
         if batch % ranks:
             raise InputError(f"{stage}.batch_size = {batch} cannot be dealt evenly to {ranks} ranks: choose a multiple of {ranks}.")
@@ -195,6 +197,25 @@ def _refuse_projector(pretrain: dict[str, Any], settings: FinetuneSettings) -> N
             raise InputError(
                 "finetune.projector_layers = 1 needs pretrain.method.head_layers = 2 or more: a single layer is all left behind."
             )
+
+
+def _export(method: dict[str, Any]) -> tuple[str, str]:
+    teacher = method.get("teacher", "none")
+    if teacher != "none" and teacher["norm"] == "eman":
+        return "eman", "the teacher's averaged weights and norm statistics"
+    return "ema", "averaged weights"
+
+
+def _refuse_idle_rates(settings: FinetuneSettings, architecture: Architecture) -> None:
+    """Raises InputError for a learning rate of the backbone that nothing would have, or that its layers cannot have."""
+    if settings.frozen:
+        if settings.init == "random":
+            raise InputError("finetune.freeze_backbone leaves finetune.init = random as it was drawn; start from a pretrained backbone.")
+        for key, idle in (("layer_decay", settings.layer_decay != 1), ("backbone_lr_scale", settings.backbone_lr_scale not in (0, 1))):
+            if idle:
+                raise InputError(f"finetune.{key} = {getattr(settings, key)} would do nothing, since the backbone is frozen: set it to 1.")
+    if settings.layer_decay != 1 and not names_layers(architecture):
+        raise InputError(f"finetune.layer_decay: timm does not say what the layers of {architecture.name} are; leave it at 1.")
 
 
 def _refuse_long_warmup(stage: str, section: dict[str, Any]) -> None:

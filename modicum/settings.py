@@ -117,10 +117,15 @@ class FinetuneSettings(Settings):
     steps: Count = Field(1000, description="optimizer steps")
     batch_size: Count = Field(64, description="labelled images a step, over all ranks")
     mu: Count = Field(7, description="unlabelled images a step for each labelled one")
+    sampling: Literal["uniform", "balanced"] = Field(
+        "uniform", description="labelled images of a step: each as often as others, or each class as often as others"
+    )
     labelled_in_unlabelled: bool = Field(True, description="labelled images are also part of the unlabelled set")
     norm: Norm = Field("bn", description="batch norm on several ranks, heads included: of each rank's images, or sync_bn, of all ranks'")
     optimizer: OptimizerSettings = OptimizerSettings()
-    backbone_lr_scale: Annotated[float, Field(ge=0)] = Field(1.0, description="the backbone's learning rate over the head's")
+    backbone_lr_scale: Annotated[float, Field(ge=0)] = Field(1.0, description="the backbone's learning rate over the head's; 0 freezes it")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="learning rate of each backbone layer over that of the next")
+    freeze_backbone: bool = Field(False, description="the backbone stays as it is, norm statistics too; heads alone learn")
     schedule: Literal["auto", "cosine", "cosine_7_16", "step", "constant"] = Field("auto", description="learning rate over the run")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps in which the learning rate rises")
     views: Views = Field("auto", description="policies of the unlabelled views, weak first")
@@ -133,11 +138,19 @@ class FinetuneSettings(Settings):
     ema_momentum: Auto | Annotated[float, Field(ge=0, lt=1)] = Field(
         "auto", description="of the averaged weights that are evaluated, for methods without a teacher"
     )
-    export: Literal["teacher", "student"] = Field("teacher", description="weights of the classifier: averaged ones, or the last")
+    export: Auto | Literal["student", "ema", "eman"] = Field(
+        "auto",
+        description="weights of the classifier: student, the last; ema, averaged ones; eman, averaged ones and averaged norm statistics",
+    )
     baselines: list[Literal["random", "pretrained", "all_labels"]] = Field(
         ["random", "pretrained", "all_labels"], description="supervised runs of the same length to compare with"
     )
     log_every: Count = Field(20, description="steps between two rows of metrics.csv")
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the backbone stays as it is."""
+        return self.freeze_backbone or self.backbone_lr_scale == 0
 
 
 class KnnSettings(Settings):

@@ -176,7 +176,8 @@ def summaries(rows: Iterable[Row]) -> list[Summary]:
     groups: dict[tuple[str, str, str, int], list[float]] = {}
     for row in rows:
         if row["protocol"] != "knn" or _is_best_knn(row):
-            protocol = f"knn, k {BEST_K}" if row["protocol"] == "knn" else row["protocol"]
+            detail = {"knn": f", k {BEST_K}", "finetuned_weights": f": {row.get('weights')}"}.get(row["protocol"], "")
+            protocol = row["protocol"] + detail
             groups.setdefault((row["variant"], protocol, row["features"], row["labels"]), []).append(row["top1"])
     found = [
         Summary(*key, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))

@@ -93,6 +93,18 @@ def test_intervals_and_epochs_count_each_image_once_and_flips(tmp_path: Path) ->
     assert found[8, "epoch/accuracy/dog"] == 0
 
 
+def test_agreement_is_the_share_that_student_and_average_name_alike(tmp_path: Path) -> None:
+    audit, method = audit_in(tmp_path, twelve())
+    said = {"student": torch.eye(3), "eman": torch.eye(3)[[0, 2, 2]]}
+    method.average_kind, method.classifier = "eman", lambda kind: kind
+    monitor = audit.agreement(2, lambda kind: said[kind])  # type: ignore[index]
+    assert monitor.read() == {}
+    assert not (tmp_path / "audit.csv").exists()  # a method that guesses nothing has none
+    step(audit, method, 1, [3, 4, 5], [0, 1, 0])
+    monitor.read()
+    assert read(tmp_path)[2, "agreement"] == pytest.approx(2 / 3)
+
+
 def test_given_labels_do_not_count_as_right_guesses(tmp_path: Path) -> None:
     audit, method = audit_in(tmp_path, twelve())
     for number in range(4):
@@ -112,6 +124,7 @@ def test_without_the_truth_it_tells_what_can_be_known_and_says_so(tmp_path: Path
     (tmp_path / "audit.csv").rename(tmp_path / "finetune" / "audit.csv")
     charts = {chart.title: chart.note for chart in learning_charts(tmp_path, {}, pretrained=False)}
     assert "cannot be said" in charts["Pseudo-labels by epoch, %"]
+    assert "Pseudo-labels: how steady, how well calibrated, %" in charts
     assert "Pseudo-labels right in the last epoch, by true class, %" not in charts
 
 
@@ -125,7 +138,15 @@ def test_an_epoch_in_which_nothing_counts_is_said_with_what_to_change(tmp_path: 
     assert "steps 5" not in told
     for number in range(8, 12):
         step(audit, method, number, [3, 4, 5], [1, 1, 1])
-    assert "name only 1 of 3 classes" in " ".join(capfd.readouterr().err.split())
+    assert "collapsed" not in capfd.readouterr().err  # three guesses are too few to say so
+    for number in range(12, 16):
+        step(audit, method, number, list(range(3, 12)), [1] * 9)
+    told = " ".join(capfd.readouterr().err.split())
+    assert "steps 13 to 16: the guesses that count have collapsed" in told
+    assert "over 1.0 equal classes, the labels as over 3.0; 100% name 'dog'" in told
+    for number in range(16, 20):
+        step(audit, method, number, list(range(3, 12)), [1] * 9)
+    assert "collapsed" not in capfd.readouterr().err  # once a run
 
 
 def test_a_resumed_audit_equals_an_uninterrupted_one(tmp_path: Path) -> None:

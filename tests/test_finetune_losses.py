@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from modicum.finetune.adversarial import adversarial_direction
-from modicum.finetune.alignment import MOMENTUM, DistributionAlignment
 from modicum.finetune.losses import (
     annealed_labels,
     attenuated,
@@ -108,18 +107,6 @@ def test_ramp_up_is_the_published_curve() -> None:
 def test_linear_ramp_waits_rises_and_stays() -> None:
     assert [linear_ramp(at, 0.1, 0.6) for at in (0.0, 0.1, 0.35, 0.6, 1.0)] == pytest.approx([0, 0, 0.5, 1, 1])
     assert linear_ramp(0.0, 0.0, 0.0) == 1.0
-
-
-def test_alignment_scales_guesses_to_the_prior_and_remembers_their_mean() -> None:
-    """Against the formula of arXiv:1911.09785: q * prior / running mean, normalised."""
-    align, mean = DistributionAlignment(3).double(), np.full(3, 1 / 3)
-    prior = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
-    for seed in range(4):
-        guesses = (3 * logits(8, 3, seed)).softmax(dim=1)
-        mean = MOMENTUM * mean + (1 - MOMENTUM) * guesses.numpy().mean(axis=0)
-        expected = guesses.numpy() * prior.numpy() / mean
-        expected /= expected.sum(axis=1, keepdims=True)
-        np.testing.assert_allclose(align(guesses, prior).numpy(), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize(("n", "c"), SIZES)

@@ -29,7 +29,7 @@ class Flat(nn.Module):
 
 def build(name: str, **settings: Any) -> Any:
     kind = find_method("finetune", name)
-    facts = Facts(IMAGES, CLASSES, 2, 10, 4, num_labelled=4, num_unlabelled=IMAGES)
+    facts = Facts(IMAGES, CLASSES, 2, 10, 4, num_labelled=4, num_unlabelled=IMAGES, class_shares=(0.5, 0.25, 0.25))
     resolved = settings_model(kind)(**settings).model_dump()
     resolved |= {key: value for key, (value, _) in kind.decide(resolved, facts).items()}
     with torch.random.fork_rng():
@@ -137,7 +137,7 @@ def test_freematch_follows_the_running_confidence_of_each_class() -> None:
 
 
 def test_softmatch_weighs_by_the_running_gaussian() -> None:
-    method = build("softmatch", momentum=0.8, uniform_alignment=False)
+    method = build("softmatch", momentum=0.8, distribution_alignment="none")
     mean, variance = 1 / CLASSES, 1.0
     for number in range(5):
         targets = probabilities(8, number)

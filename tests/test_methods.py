@@ -108,8 +108,18 @@ def taught() -> "tempfile.TemporaryDirectory[str]":
 
 
 def build(stage: str, name: str, settings: dict[str, Any], architecture: str = "residual") -> Method:
-    transformer = backbone(architecture).architecture.fixed_size
-    facts = Facts(64, CLASSES, SIZE, STEPS, BATCH, transformer=transformer, ema_momentum=0.9, num_labelled=BATCH, num_unlabelled=2 * BATCH)
+    facts = Facts(
+        64,
+        CLASSES,
+        SIZE,
+        STEPS,
+        BATCH,
+        transformer=backbone(architecture).architecture.fixed_size,
+        ema_momentum=0.9,
+        num_labelled=BATCH,
+        num_unlabelled=2 * BATCH,
+        class_shares=(1 / CLASSES,) * CLASSES,
+    )
     kind = find_method(stage, name)
     resolved = settings_model(kind)(**settings).model_dump()
     if "teacher_from" in resolved:

@@ -145,6 +145,18 @@ def test_a_foreign_checkpoint_is_read_under_any_prefix(tmp_path: Path, prefix: s
     assert torch.equal(backbone.network.conv1.weight, given.network.conv1.weight)
 
 
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_folder_that_timm_wrote_is_a_start(tmp_path: Path, safe: bool) -> None:
+    given = timm.create_model("resnet18", in_chans=1, num_classes=7)
+    timm.models.save_for_hf(given, str(tmp_path), safe_serialization=safe)
+    settings = Experiment.model_validate({"backbone": {"name": "resnet18", "stem": "standard"}, "data": {"image_size": 16, "channels": 1}})
+    backbone = initial_backbone(str(tmp_path), settings)
+    for name, value in backbone.network.state_dict().items():
+        assert torch.equal(value, given.state_dict()[name])
+    with pytest.raises(InputError, match="does not"):
+        initial_backbone(str(tmp_path), experiment())
+
+
 def test_a_checkpoint_without_the_backbone_is_refused_with_what_it_holds(tmp_path: Path) -> None:
     torch.save({"state_dict": {"visual.stem.weight": torch.zeros(3)}}, tmp_path / "their.pth")
     with pytest.raises(InputError, match=r"visual\.stem\.weight"):

@@ -90,6 +90,9 @@ def session_of(folder, splits, class_names, *, stages=("pretrain", "finetune"), 
         for place in (".", "baselines/random", "baselines/all_labels"):
             classifier = Classifier(backbone, len(class_names))
             save_classifier(run_folder.stage("finetune") / place / "classifier", classifier, preprocessing, class_names)
+        save_classifier(
+            run_folder.stage("finetune") / "weights" / "student", Classifier(backbone, len(class_names)), preprocessing, class_names
+        )
         text = "step,name,value\n20,share_above_threshold,0.5\n20,loss,1\n20,loss/labelled,1\n20,loss/unlabelled,0\n40,loss,0.5\n"
         (run_folder.stage("finetune") / "metrics.csv").write_text(text)
     table = manifest.assign(split=splits)
@@ -113,7 +116,9 @@ def test_results_hold_a_row_for_every_protocol_features_and_bank(finished):
     found = {(row["protocol"], row["features"], row["labels"]) for row in results["rows"]}
     features = ("pretrained", "finetuned", "random", "pixels")
     expected = {(protocol, name, labels) for protocol in ("knn", "linear") for name in features for labels in (40, 200)}
-    assert found == expected | {("finetuned", "finetuned", 40), ("supervised", "random", 40), ("supervised", "pretrained", 200)}
+    classifiers = {("finetuned", "finetuned", 40), ("finetuned_weights", "finetuned", 40)}
+    assert found == expected | classifiers | {("supervised", "random", 40), ("supervised", "pretrained", 200)}
+    assert [row["weights"] for row in results["rows"] if row["protocol"] == "finetuned_weights"] == ["student"]
     for row in results["rows"]:
         assert 0 <= row["low"] <= row["top1"] <= row["high"] <= 1
         assert row["top1"] <= row["top5"] <= 1
@@ -222,6 +227,7 @@ def test_table_says_in_plain_words_what_was_done(finished):
     text = shown(results)
     for words in (
         "Modicum: pretrained (MoCo v2), then FixMatch",
+        "the same training's last weights (student)",
         "same network, supervised, from random weights",
         "same network, supervised, from the backbone",
         "linear probe on pretrained features",

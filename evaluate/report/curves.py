@@ -41,12 +41,16 @@ PSEUDO_LABELS = {
 
 
 AUDIT = {
+    "epoch/share_used": "share that counts",
     "epoch/accuracy": "right, of all",
     "epoch/accuracy_used": "right, of those that count",
-    "epoch/share_used": "share that counts",
+}
+STEADINESS = {
+    "agreement": "student and average agree",
     "epoch/flips": "changed since the last epoch",
-    "epoch/calibration_error": "calibration error",
     "epoch/distance_to_prior": "distance of classes to the labels'",
+    "epoch/calibration_error": "calibration error",
+    "validation_calibration_error": "calibration error, validation labels",
 }
 MOST_CLASSES = 30  # bars; of more, those furthest off are drawn
 
@@ -145,7 +149,8 @@ def _stage_two(folder: Path) -> list[Chart]:
         Chart("Fine-tuning: loss", "What stage two minimises.", _losses(curves, "steps")),
         Chart(
             "Fine-tuning: pseudo-labels, %",
-            "The classifier's own guesses on unlabelled images. Where the truth is known it audits them here; it never reaches a loss.",
+            "The classifier's own guesses on unlabelled images. Where the truth is known it audits them here; it never reaches a loss."
+            + _mean_accuracy(curves),
             line_chart(audit, "steps", share=True, label="Pseudo-labels over steps"),
         ),
         *_audit(folder),
@@ -157,15 +162,31 @@ def _stage_two(folder: Path) -> list[Chart]:
     ]
 
 
+def _mean_accuracy(curves: Curves) -> str:
+    """How many of the run's guesses were right: rows stand for equal stretches of steps, so that their mean is that of the run."""
+    shares = [value for _, value in curves.get("pseudo_label_accuracy", [])]
+    if not shares:
+        return ""
+    return f" Of all guesses of the run, whether or not they counted, {100 * sum(shares) / len(shares):.1f} % were right."
+
+
 def _audit(folder: Path) -> list[Chart]:
     """The pseudo-labels of whole epochs, over images: what the run's audit.csv holds."""
     curves = read_curves(folder / "finetune" / "audit.csv")
-    series = [Series(words, curves.get(name, []), at) for at, (name, words) in enumerate(AUDIT.items())]
+    watched = curves | {name: points for name, points in read_curves(folder / "finetune" / "metrics.csv").items() if curves}
+    truth, steadiness = (
+        [Series(words, watched.get(name, []), at) for at, (name, words) in enumerate(words_of.items())] for words_of in (AUDIT, STEADINESS)
+    )
     last = {name: points[-1][1] for name, points in curves.items()}
     classes = [name.removeprefix("epoch/share/") for name in last if name.startswith("epoch/share/")]
     shares = [(name, last[f"epoch/share/{name}"], last[f"epoch/prior/{name}"]) for name in classes]
     right = [(name, last[f"epoch/accuracy/{name}"], None) for name in classes if f"epoch/accuracy/{name}" in last]
-    known = "" if right else " The true labels are not known, so that whether they are right cannot be said."
+    known = (
+        ""
+        if right
+        else " The true labels are not known, so that whether they are right cannot be said; the next chart shows what can be: whether "
+        "student and average agree, how many guesses change and, with a validation split, whether the classifier is as sure as it is right."
+    )
     shares = sorted(sorted(shares, key=lambda row: -abs(row[1] - (row[2] or 0)))[:MOST_CLASSES], key=lambda row: classes.index(row[0]))
     right = sorted(sorted(right, key=lambda row: row[1])[:MOST_CLASSES], key=lambda row: classes.index(row[0]))
     return [
@@ -173,7 +194,12 @@ def _audit(folder: Path) -> list[Chart]:
             "Pseudo-labels by epoch, %",
             "Each unlabelled image counted once an epoch; labelled ones, which the network was told, are left out of what is right."
             + known,
-            line_chart(series, "steps", share=True, label="Pseudo-labels over epochs"),
+            line_chart(truth, "steps", share=True, label="Pseudo-labels over epochs"),
+        ),
+        Chart(
+            "Pseudo-labels: how steady, how well calibrated, %",
+            "Agreement over some unlabelled images as they are; the rest over the guesses of an epoch.",
+            line_chart(steadiness, "steps", share=True, label="Steadiness and calibration of pseudo-labels over epochs"),
         ),
         Chart("Classes guessed in the last epoch, %", "Bars: guesses. Marks: the labels.", bars(shares, label="Classes guessed")),
         Chart("Pseudo-labels right in the last epoch, by true class, %", "", bars(right, label="Pseudo-labels right by class")),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from modicum.evaluate.table import FEATURES, lines, percent, spelt
+from modicum.evaluate.table import FEATURES, WEIGHTS, lines, percent, spelt
 
 OVER = {
     "random": "the same network, trained on the same labels alone from random weights",
@@ -107,6 +107,7 @@ def facts(results: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str, 
         ("Backbone", results["backbone"]),
         ("Stage one", stage_one),
         ("Stage two", f"{spelt(results['methods']['finetune'])}, {two['steps']:,} steps, {two['batch_size']} labelled images a step"),
+        ("Classifier", f"{WEIGHTS[two['export']]}, as finetune.export says; no image has chosen them" if two["export"] in WEIGHTS else ""),
         ("kNN", f"cosine similarity, votes exp(similarity / {results['knn']['temperature']:g})"),
         ("Linear probe", "logistic regression on standardised features, regularisation chosen on the labels"),
         ("Computed on", results["hardware"]),

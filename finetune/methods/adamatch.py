@@ -1,7 +1,7 @@
 """AdaMatch (Berthelot 2022, arXiv:2106.04732), in its semi-supervised form."""
 
 import math
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modicum import distributed
 from modicum.data.stream import Sample
-from modicum.finetune.alignment import DistributionAlignment, RunningMean
+from modicum.finetune.alignment import DistributionAlignment, Prior, RunningMean
 from modicum.finetune.semi_supervised import TeacherOrNone
 from modicum.finetune.weak_to_strong import WeakToStrong
 from modicum.method import Facts
@@ -32,12 +32,17 @@ class AdaMatch(WeakToStrong):
         *,
         threshold: Annotated[float, Gt(0), Le(1), "confidence that counts, as a share of the mean one on labelled images"] = 0.9,
         lambda_u: Annotated[float, Ge(0), "weight of the unlabelled loss once it has risen"] = 1.0,
+        distribution_alignment: Annotated[
+            Prior | Literal["predicted"], "as in fixmatch; predicted: as often as on the labelled images"
+        ] = "predicted",
         momentum: Annotated[float, Ge(0), Lt(1), "of the running class distributions"] = AUTO,
         teacher: Annotated[TeacherOrNone, "who predicts on weak views; none: the student itself"] = "none",
     ) -> None:
         super().__init__(backbone, facts, teacher)
         self.threshold, self.lambda_u, self.seed = threshold, lambda_u, seed
-        self.align = DistributionAlignment(facts.num_classes, momentum)
+        self.predicted = distribution_alignment == "predicted"
+        own: Prior = "uniform" if distribution_alignment == "predicted" else distribution_alignment
+        self.align = DistributionAlignment(own, facts, momentum)
         self.prior = RunningMean(torch.full((facts.num_classes,), 1 / facts.num_classes), momentum)
 
     def predict(self, labelled: Sample, unlabelled: Sample) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,7 +56,7 @@ class AdaMatch(WeakToStrong):
 
     def judge(self, targets: Tensor, unlabelled: Sample, logits: Tensor) -> tuple[Tensor, Tensor]:
         known = logits.chunk(2)[0].softmax(dim=1)  # of the weak views
-        targets = self.align(targets, self.prior(known))
+        targets = self.align(targets, self.prior(known) if self.predicted else None)
         level = self.threshold * distributed.gather(known.amax(dim=1)).mean()
         return targets, (targets.amax(dim=1) >= level).float()
 

@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le
 
 from modicum.data.stream import Batch
 from modicum.errors import InputError
-from modicum.finetune.alignment import DistributionAlignment
+from modicum.finetune.alignment import DistributionAlignment, Prior
 from modicum.finetune.losses import embedding_cross_entropy, pseudo_label_graph, soft_label
 from modicum.finetune.memory import Memory
 from modicum.finetune.semi_supervised import Guesses, SemiSupervised
@@ -35,6 +35,9 @@ class CoMatch(SemiSupervised):
         smoothing: Annotated[float, Ge(0), Le(1), "share of its own in a guess, the rest from neighbours"] = 0.9,
         graph_threshold: Annotated[float, Ge(0), Le(1), "agreement of guesses from which images are joined"] = 0.8,
         memory_size: Annotated[int, Ge(1), "images that guesses are smoothed by"] = AUTO,
+        distribution_alignment: Annotated[
+            Prior, "how often guesses are made to name each class: none, uniform, labelled, estimated, or shares"
+        ] = "uniform",
         embedding_size: Annotated[int, Ge(1), "of the projector"] = 64,
         lambda_u: Annotated[float, Ge(0), "weight of the unlabelled loss"] = 1.0,
         lambda_c: Annotated[float, Ge(0), "weight of the embeddings' loss"] = 1.0,
@@ -42,7 +45,7 @@ class CoMatch(SemiSupervised):
         super().__init__(backbone, facts)
         self.threshold, self.temperature, self.smoothing, self.graph_threshold = threshold, temperature, smoothing, graph_threshold
         self.lambda_u, self.lambda_c = lambda_u, lambda_c
-        self.align = DistributionAlignment(facts.num_classes)
+        self.align = DistributionAlignment(distribution_alignment, facts)
         self.projector = mlp(backbone.num_features, backbone.num_features, embedding_size)
         self.memory = Memory(memory_size, embedding_size, facts.num_classes)
 

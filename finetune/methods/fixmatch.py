@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
-from torch import Tensor, nn
+from torch import Tensor
 
 from modicum.data.stream import Sample
 from modicum.errors import InputError
-from modicum.finetune.alignment import DistributionAlignment
+from modicum.finetune.alignment import DistributionAlignment, Prior
 from modicum.finetune.semi_supervised import TeacherOrNone
 from modicum.finetune.weak_to_strong import WeakToStrong
 from modicum.method import Decisions, Facts
@@ -26,13 +26,15 @@ class FixMatch(WeakToStrong):
         *,
         threshold: Annotated[float, Gt(0), Le(1), "confidence from which a prediction counts as a label"] = 0.95,
         lambda_u: Annotated[float, Ge(0), "weight of the unlabelled loss"] = 1.0,
-        distribution_alignment: Annotated[bool, "guesses are scaled so that all classes are guessed equally often"] = False,
+        distribution_alignment: Annotated[
+            Prior, "how often guesses are made to name each class: none, uniform, labelled, estimated, or shares"
+        ] = "none",
         weak_in_batch: Annotated[bool, "weak views go through the student's one pass, as in the original code"] = False,
         teacher: Annotated[TeacherOrNone, "who predicts on weak views; none: the student itself"] = "none",
     ) -> None:
         super().__init__(backbone, facts, teacher)
         self.threshold, self.lambda_u, self.weak_in_batch = threshold, lambda_u, weak_in_batch
-        self.align = DistributionAlignment(facts.num_classes) if distribution_alignment else nn.Identity()
+        self.align = DistributionAlignment(distribution_alignment, facts)
 
     def predict(self, labelled: Sample, unlabelled: Sample) -> tuple[Tensor, Tensor, Tensor]:
         if not self.weak_in_batch:

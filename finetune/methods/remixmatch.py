@@ -9,7 +9,7 @@ from torch import nn
 
 from modicum import distributed
 from modicum.data.stream import Batch
-from modicum.finetune.alignment import DistributionAlignment, RunningMean
+from modicum.finetune.alignment import DistributionAlignment, Prior
 from modicum.finetune.losses import linear_ramp, sharpen, soft_label
 from modicum.finetune.mixup import Mixing
 from modicum.finetune.semi_supervised import Guesses, SemiSupervised, TeacherOrNone
@@ -30,6 +30,9 @@ class ReMixMatch(SemiSupervised):
         *,
         temperature: Annotated[float, Gt(0), "below 1 sharpens the guesses"] = 0.5,
         alpha: Annotated[float, Gt(0), "of the Beta distribution that shares are drawn from"] = 0.75,
+        distribution_alignment: Annotated[
+            Prior, "how often guesses are made to name each class: none, uniform, labelled, estimated, or shares"
+        ] = "labelled",
         lambda_u: Annotated[float, Ge(0), "weight of the mixed unlabelled loss at the end of the ramp"] = 1.5,
         lambda_s: Annotated[float, Ge(0), "weight of the strong views that are not mixed, at the end of the ramp"] = 0.5,
         lambda_r: Annotated[float, Ge(0), "weight of telling by how many quarters an image is turned"] = 0.5,
@@ -39,14 +42,13 @@ class ReMixMatch(SemiSupervised):
         super().__init__(backbone, facts, teacher)
         self.temperature, self.alpha, self.seed, self.ramp_length = temperature, alpha, seed, ramp_up
         self.lambda_u, self.lambda_s, self.lambda_r = lambda_u, lambda_s, lambda_r
-        self.align = DistributionAlignment(facts.num_classes)
-        self.prior = RunningMean(torch.full((facts.num_classes,), 1 / facts.num_classes), momentum=0.95)
+        self.align = DistributionAlignment(distribution_alignment, facts)
         self.quarters = nn.Linear(backbone.num_features, 4)
 
     def forward(self, batch: Batch) -> Loss:
         labelled, unlabelled = batch["labelled"], batch["unlabelled"]
         truth = F.one_hot(labelled.labels, self.student.head.out_features).float()
-        aligned = self.align(self.targets(unlabelled, view=0), self.prior(truth))
+        aligned = self.align(self.targets(unlabelled, view=0))
         guesses = sharpen(aligned, self.temperature)  # (mu B, C)
         one = torch.ones_like(guesses[:, 0])
         self.guesses = Guesses(unlabelled.rows, aligned, one)

@@ -4,10 +4,10 @@ from typing import Annotated
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
-from torch import Tensor, nn
+from torch import Tensor
 
 from modicum.data.stream import Sample
-from modicum.finetune.alignment import DistributionAlignment, RunningMean
+from modicum.finetune.alignment import DistributionAlignment, Prior, RunningMean
 from modicum.finetune.losses import shrunk_label
 from modicum.finetune.semi_supervised import Guesses, TeacherOrNone
 from modicum.finetune.thresholds import shrunk_classes
@@ -30,12 +30,14 @@ class ShrinkMatch(WeakToStrong):
         lambda_u: Annotated[float, Ge(0), "weight of the unlabelled loss"] = 1.0,
         lambda_s: Annotated[float, Ge(0), "weight of the loss among the classes left, times the share of sure guesses"] = 1.0,
         momentum: Annotated[float, Ge(0), Lt(1), "of the running share of sure guesses"] = AUTO,
-        distribution_alignment: Annotated[bool, "guesses are scaled so that all classes are guessed equally often"] = True,
+        distribution_alignment: Annotated[
+            Prior, "how often guesses are made to name each class: none, uniform, labelled, estimated, or shares"
+        ] = "uniform",
         teacher: Annotated[TeacherOrNone, "who predicts on weak views; none: the student itself"] = "none",
     ) -> None:
         super().__init__(backbone, facts, teacher)
         self.threshold, self.lambda_u, self.lambda_s = threshold, lambda_u, lambda_s
-        self.align = DistributionAlignment(facts.num_classes) if distribution_alignment else nn.Identity()
+        self.align = DistributionAlignment(distribution_alignment, facts)
         self.sure = RunningMean(torch.tensor(0.0), momentum)
         # A head of its own, since the first one must not learn to tell a class from some of the others alone.
         self.auxiliary = mlp(backbone.num_features, max(1, backbone.num_features // 4), facts.num_classes, num_layers=3, norm=True)

@@ -8,7 +8,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from modicum.data.stream import Batch
-from modicum.finetune.alignment import DistributionAlignment
+from modicum.finetune.alignment import DistributionAlignment, Prior
 from modicum.finetune.losses import embedding_cross_entropy, soft_label
 from modicum.finetune.semi_supervised import Guesses, SemiSupervised, remember
 from modicum.method import Facts, Loss
@@ -33,6 +33,9 @@ class SimMatch(SemiSupervised):
         temperature: Annotated[float, Gt(0), "of similarities"] = 0.1,
         smoothing: Annotated[float, Ge(0), Le(1), "share of its own in a guess, the rest from the labelled images it is like"] = 0.9,
         bank_momentum: Annotated[float, Ge(0), Lt(1), "share of a labelled image's embedding that is kept"] = 0.7,
+        distribution_alignment: Annotated[
+            Prior, "how often guesses are made to name each class: none, uniform, labelled, estimated, or shares"
+        ] = "uniform",
         embedding_size: Annotated[int, Ge(1), "of the projector"] = 128,
         lambda_u: Annotated[float, Ge(0), "weight of the unlabelled loss"] = 1.0,
         lambda_i: Annotated[float, Ge(0), "weight of the likeness to labelled images"] = 1.0,
@@ -40,7 +43,7 @@ class SimMatch(SemiSupervised):
         super().__init__(backbone, facts)
         self.threshold, self.temperature, self.smoothing, self.bank_momentum = threshold, temperature, smoothing, bank_momentum
         self.lambda_u, self.lambda_i = lambda_u, lambda_i
-        self.align = DistributionAlignment(facts.num_classes)
+        self.align = DistributionAlignment(distribution_alignment, facts)
         self.projector = mlp(backbone.num_features, backbone.num_features, embedding_size)
         self.register_buffer("bank", F.normalize(torch.randn(facts.num_labelled, embedding_size)))
         self.register_buffer("classes", torch.zeros(facts.num_labelled, dtype=torch.int64))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from modicum import distributed
 from modicum.data.stream import Sample
-from modicum.finetune.alignment import DistributionAlignment, RunningMean
+from modicum.finetune.alignment import DistributionAlignment, Prior, RunningMean
 from modicum.finetune.semi_supervised import TeacherOrNone
 from modicum.finetune.thresholds import truncated_gaussian
 from modicum.finetune.weak_to_strong import WeakToStrong
@@ -28,13 +28,15 @@ class SoftMatch(WeakToStrong):
         *,
         lambda_u: Annotated[float, Ge(0), "weight of the unlabelled loss"] = 1.0,
         sigmas: Annotated[float, Gt(0), "how steeply weights fall: deviations of the weight within one of the confidence"] = 2.0,
-        uniform_alignment: Annotated[bool, "confidence is measured as if all classes were guessed equally often"] = True,
+        distribution_alignment: Annotated[
+            Prior, "of guesses whose confidence is measured, not of those learnt; as in fixmatch"
+        ] = "uniform",
         momentum: Annotated[float, Ge(0), Lt(1), "of the running mean and variance of the confidence"] = AUTO,
         teacher: Annotated[TeacherOrNone, "who predicts on weak views; none: the student itself"] = "none",
     ) -> None:
         super().__init__(backbone, facts, teacher)
         self.lambda_u, self.sigmas = lambda_u, sigmas
-        self.align = DistributionAlignment(facts.num_classes, momentum) if uniform_alignment else torch.nn.Identity()
+        self.align = DistributionAlignment(distribution_alignment, facts, momentum)
         self.confidence = RunningMean(torch.tensor(1 / facts.num_classes), momentum)
         self.variance = RunningMean(torch.tensor(1.0), momentum)
 

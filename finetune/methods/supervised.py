@@ -1,6 +1,6 @@
 """Cross-entropy on the labels alone: the row that everything is compared with."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch.nn.functional as F
 from annotated_types import Ge, Lt
@@ -12,7 +12,7 @@ from modicum.networks import Backbone
 
 
 class Supervised(SemiSupervised):
-    """The whole network, or the linear head alone, learns the labels."""
+    """The network learns the labels, on a frozen backbone its linear head."""
 
     views: ClassVar = {"labelled": ("weak",)}
 
@@ -22,19 +22,10 @@ class Supervised(SemiSupervised):
         facts: Facts,
         seed: int = 0,
         *,
-        train: Annotated[Literal["all", "head"], "the whole network, or a linear head on a frozen backbone"] = "all",
         label_smoothing: Annotated[float, Ge(0), Lt(1), "share of the target spread over all classes"] = 0.0,
     ) -> None:
         super().__init__(backbone, facts)
-        self.student.backbone.requires_grad_(train == "all")
-        self.frozen = train == "head"
         self.label_smoothing = label_smoothing
-
-    def train(self, mode: bool = True) -> "Supervised":
-        super().train(mode)
-        if self.frozen:
-            self.student.backbone.eval()
-        return self
 
     def forward(self, batch: Batch) -> Loss:
         labelled = batch["labelled"]

@@ -31,3 +31,19 @@ def positions(size: int, start: int, count: int, *keys: int | str) -> Tensor:
         start += len(piece)
         count -= len(piece)
     return torch.cat(pieces)
+
+
+def balanced_positions(classes: list[Tensor], start: int, count: int, *keys: int | str) -> Tensor:
+    """Entries `start` to `start + count` of an endless order in which every class comes equally often but for one: int64 (count,).
+
+    `classes` are the entries of each; within a class each comes equally often but for one. An order of the classes is drawn for
+    each of their rounds, so that the round, known from the place, tells which entry of a class's own order comes.
+    """
+    chosen = positions(len(classes), start, count, *keys)
+    rounds = (start + torch.arange(count)) // len(classes)
+    found = torch.empty(count, dtype=torch.int64)
+    for number in chosen.unique().tolist():
+        places = chosen == number  # one a round, so that their rounds follow one another
+        first = int(rounds[places][0])
+        found[places] = classes[number][positions(len(classes[number]), first, int(places.sum()), *keys, "class", number)]
+    return found

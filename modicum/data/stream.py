@@ -1,6 +1,6 @@
 """The batches of a training run: which images a step sees and how each view of them is made. Stateless: the step says it all."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modicum import distributed
-from modicum.data.batches import positions
+from modicum.data.batches import balanced_positions, positions
 from modicum.data.image_files import Pixels
 from modicum.data.images import Images
 from modicum.hardware import send
@@ -101,6 +101,7 @@ class Stream:
     batch_size: int  # over all ranks
     device: torch.device
     keys: tuple[int | str, ...]  # seed, stage, name of the stream
+    balanced: bool = False  # whether every class, not every image, comes equally often
     _ahead: Iterator[Tensor] = field(default_factory=lambda: iter(()), init=False)
     _next: int = field(default=-1, init=False)  # the step whose images come next from `_ahead`
 
@@ -114,12 +115,13 @@ class Stream:
         device: torch.device,
         *keys: int | str,
         labelled: bool = False,
+        balanced: bool = False,
     ) -> "Stream":
         pixels = images.pixels
         if isinstance(pixels, Tensor) and device.type != "cpu" and pixels.nbytes <= ON_DEVICE_BYTES:
             pixels = pixels.to(device)
         labels = torch.tensor(images.labels[rows]) if labelled else torch.empty(0, dtype=torch.int64)
-        return cls(pixels, torch.tensor(rows), labels, policies, batch_size, device, keys)
+        return cls(pixels, torch.tensor(rows), labels, policies, batch_size, device, keys, balanced)
 
     def read(self, chosen: Tensor) -> Tensor:
         """uint8 (B, C, S, S) on the device: the images at `chosen` places of the stream, int64 (B,) on the CPU."""
@@ -128,23 +130,23 @@ class Stream:
 
     def images(self, step: int) -> Tensor:
         """uint8 (B, C, S, S) on the device: this rank's images of a step. Files are decoded ahead while step follows step."""
+        mine, order = distributed.share(self.batch_size), self.order
         if isinstance(self.pixels, Tensor):
-            return self.read(_order(len(self.rows), self.batch_size, self.keys, step)[distributed.share(self.batch_size)])
+            return self.read(order(step)[mine])
         if step != self._next:
-            mine = distributed.share(self.batch_size)
-            self._ahead = self.pixels.ahead(_rows_from(step, self.rows, self.batch_size, self.keys, mine), mine.stop - mine.start)
+            rows = self.rows  # not `self`: a stream that nobody holds any more must end its workers
+            self._ahead = self.pixels.ahead((rows[order(later)[mine]] for later in count(step)), mine.stop - mine.start)
         self._next = step + 1
         return send(next(self._ahead), self.device)
 
     def sample(self, step: int) -> Sample:
-        return Sample(self, step, _order(len(self.rows), self.batch_size, self.keys, step))
+        return Sample(self, step, self.order(step))
 
-
-def _order(size: int, batch_size: int, keys: tuple[int | str, ...], step: int) -> Tensor:
-    """int64 (batch_size,): which of `size` images a step sees."""
-    return positions(size, step * batch_size, batch_size, *keys, "order")
-
-
-def _rows_from(step: int, rows: Tensor, batch_size: int, keys: tuple[int | str, ...], mine: slice) -> Iterator[Tensor]:
-    """This rank's rows of `step` and all steps after it. No method: a stream that nobody holds any more must end its workers."""
-    return (rows[_order(len(rows), batch_size, keys, later)[mine]] for later in count(step))
+    @cached_property
+    def order(self) -> Callable[[int], Tensor]:
+        """step -> int64 (batch_size,): which of the stream's images it sees."""
+        size, batch, keys = len(self.rows), self.batch_size, (*self.keys, "order")
+        if not self.balanced:
+            return lambda step: positions(size, step * batch, batch, *keys)
+        classes = [torch.nonzero(self.labels == label)[:, 0] for label in self.labels.unique()]
+        return lambda step: balanced_positions(classes, step * batch, batch, *keys)

@@ -54,6 +54,8 @@ class Architecture:
 class Backbone(nn.Module):
     """Normalised images (B, C, S, S) -> features (B, num_features)."""
 
+    frozen = False
+
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
         self.architecture = architecture
@@ -76,6 +78,15 @@ class Backbone(nn.Module):
             mine.requires_grad = theirs.requires_grad
         self.network = network
         return True
+
+    def freeze(self) -> None:
+        """From now on it has no gradient, and whatever is trained around it, its norms use and keep their running statistics."""
+        self.frozen = True
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Backbone":
+        super().train(mode and not self.frozen)
+        return self
 
 
 def num_features(network: Any) -> int:
@@ -144,6 +155,12 @@ def view_step(architecture: Architecture) -> int | None:
     with torch.device("meta"):
         network = architecture.build()
     return network.patch_embed.patch_size[0] if isinstance(network, VisionTransformer) else None
+
+
+def names_layers(architecture: Architecture) -> bool:
+    """Whether timm knows the order of the network's layers, for learning rates that differ from one to the next."""
+    with torch.device("meta"):
+        return hasattr(architecture.build(), "group_matcher")
 
 
 def takes_image_size(name: str) -> bool:
