@@ -214,7 +214,7 @@ def test_simmatch_asks_the_labelled_images() -> None:
 
 
 def test_shrinkmatch_counts_an_unsure_guess_among_the_classes_left() -> None:
-    method = build("shrinkmatch", threshold=0.7, momentum=0.8, distribution_alignment=False)
+    method = build("shrinkmatch", threshold=0.7, momentum=0.8, distribution_alignment="none")
     share = 0.0
     for number in range(4):
         targets, strong = probabilities(8, number), 2 * torch.randn(8, 2 * CLASSES, generator=torch.Generator().manual_seed(number))
