@@ -108,19 +108,19 @@ def approximate(num_bank: int, num_queries: int, dimensions: int) -> Iterator[Ro
     seconds = {"exact": (0.0, middle - start), "inverted index": (built - middle, time.perf_counter() - built)}
     setting = f"{num_queries:,} queries in {num_bank:,} x {dimensions}"
     recall = 100 * float(np.mean([len(np.intersect1d(*both)) for both in zip(truth, found, strict=True)])) / K
-    yield figure(f"{setting}, recall", "inverted index", recall, "% of the exact")
+    yield figure(f"{setting}, inverted index, recall", recall, "% of the exact")
     rows, size, asked = 1_281_167, 2048, 50_000
     work = rows * size / (num_bank * dimensions)
     there = f"{asked:,} queries in {rows:,} x {size}, extrapolated"
     for name, (build, ask) in seconds.items():
-        yield figure(setting, name, build + ask, "s")
-        yield figure(there, name, build * work * (rows / num_bank) ** 0.5 + ask * work * asked / num_queries, "s")
+        yield figure(f"{setting}, {name}", build + ask, "s")
+        yield figure(f"{there}, {name}", build * work * (rows / num_bank) ** 0.5 + ask * work * asked / num_queries, "s")
     for name, copy in (("exact", 2 * size), ("inverted index", 4 * size + 8)):  # bf16, and fp32 with the row's number
-        yield figure(f"{there}, memory", name, rows * (4 * size + copy) / 2**20, "MiB")
+        yield figure(f"{there}, {name}, memory", rows * (4 * size + copy) / 2**20, "MiB")
 
 
-def figure(setting: str, candidate: str, value: float, unit: str) -> Row:
-    return Row("neighbours", setting, candidate, value, value, unit)
+def figure(setting: str, value: float, unit: str) -> Row:
+    return Row("neighbours", setting, "ours", value, value, unit)
 
 
 def bars_of(name: str) -> float | None:
