@@ -45,7 +45,8 @@ def test_an_answered_request_keeps_its_message() -> None:
 
 
 SLOW_COMMAND = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that a script has put into the background hands down that it is ignored
 sys.path.insert(0, {checkout!r})
 from modicum import cli
 def slow(*arguments, **options):
