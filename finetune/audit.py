@@ -134,7 +134,8 @@ class Audit:
             )
         shares = class_shares(found["guess"][used], len(self.names))
         guessed, given = effective_classes(shares), effective_classes(self.prior)
-        if used.sum() >= 3 * given and guessed <= given / 2 and "few" not in self.warned:  # fewer guesses cannot name all
+        many = used.sum() >= max(3 * given, len(used) / 4)  # fewer cannot name all classes, or are of the easy ones that come first
+        if many and guessed <= given / 2 and "few" not in self.warned:
             self.warned.add("few")
             warn(
                 f"steps {began + 1} to {done}: the guesses that count have collapsed onto few classes: they are spread as over "
