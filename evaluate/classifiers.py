@@ -50,7 +50,7 @@ class Classifiers:
 
     def judge_weights(self) -> None:
         """The same training's weights that are not exported: for the record, after the settings have chosen."""
-        pixels, truth = self.images.pixels[self.sets.test], self.sets.labels[self.sets.test]
+        pixels, truth = self.images.subset(self.sets.test), self.sets.labels[self.sets.test]
         for folder in sorted((self.folder / "weights").glob("*/")):
             scores = self.scores(folder, f"weights_{folder.name}", pixels)
             more = {"method": self.settings.method["name"], "weights": folder.name}
