@@ -5,11 +5,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from modicum.data.images import UNKNOWN, Images
-from modicum.files import write_atomically
+from modicum.files import write_table
 from modicum.hardware import Hardware
 from modicum.neighbours import normalise, scores, search
 from modicum.networks import Backbone
@@ -122,12 +123,12 @@ class EmbeddingMonitor:
     def _record(self, step: int, positives: np.ndarray, negatives: np.ndarray) -> None:
         """Writes the reading behind the earlier ones, in place of those that a resumed run makes again."""
         path = self.folder / "similarities.csv"
-        header, *lines = path.read_text().splitlines() if path.is_file() else ["step,low,high,positives,negatives"]
-        kept = [line for line in lines if int(line.partition(",")[0]) < step]
-        edges = np.linspace(-1, 1, BINS + 1).round(6).tolist()
-        shares = zip(edges[:-1], edges[1:], positives.tolist(), negatives.tolist(), strict=True)
-        made = [",".join(map(str, (step, *share))) for share in shares]
-        write_atomically(path, "\n".join([header, *kept, *made]) + "\n")
+        edges = np.linspace(-1, 1, BINS + 1).round(6)
+        made = pd.DataFrame({"step": step, "low": edges[:-1], "high": edges[1:], "positives": positives, "negatives": negatives})
+        if path.is_file():
+            earlier = pd.read_csv(path, dtype=str)  # as it stands, to the last digit
+            made = pd.concat([earlier[earlier["step"].astype(int) < step], made])
+        write_table(path, made)
 
 
 @contextmanager
