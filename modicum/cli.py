@@ -81,7 +81,7 @@ def _ending(error: BaseException) -> tuple[int | None, str]:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" at {error.filename}" if error.filename else ""
         return 1, f"The disk is full{where}. Nothing saved is lost: make room, and the same command goes on from the last saved state."
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # raised by torch's signal handler, anywhere
         why = "most likely for want of memory, or of shared memory (/dev/shm)"
         return 1, f"A process that decodes images was lost, {why}: {error} The same command goes on from the last saved state."
     return None, ""

@@ -33,6 +33,6 @@ def compile_backbones(student: nn.Module, step: Callable[[], object], folder: Pa
         step()
     except RuntimeError:
         for backbone in backbones:
-            backbone._compiled_call_impl = None
+            backbone._compiled_call_impl = None  # what `compile` sets; torch has no word for taking it back
         raise
     return f"{time.monotonic() - began:.0f} s"

@@ -59,7 +59,7 @@ def read_config(config: str) -> dict[str, Any]:
     else:
         raise InputError(f"Unknown config {config!r}{did_you_mean(config, shipped_configs())} The path of a YAML file does as well.")
     try:
-        content = yaml.load(text, _Loader) or {}  # _Loader is a SafeLoader
+        content = yaml.load(text, _Loader) or {}  # a SafeLoader; `safe_load` would keep the last of a key given twice
     except yaml.YAMLError as error:
         raise InputError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
