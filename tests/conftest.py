@@ -1,4 +1,7 @@
-"""A house of cardboard: the real command line, run folder and sessions, with stages that write a line instead of training."""
+"""What several files of tests share: digits, short sessions of stage two, and a house of cardboard.
+
+The house is the real command line, run folder and sessions, with stages that write a line instead of training.
+"""
 
 import json
 import sys
@@ -12,8 +15,15 @@ import pytest
 import torch
 
 from modicum import cli, session
-from modicum.run_folder import STAGES
+from modicum.config import load_experiment
+from modicum.data.images import Images
+from modicum.data.sources import load_images
+from modicum.data.splits import make_splits
+from modicum.hardware import Hardware
+from modicum.resolve import resolve
+from modicum.run_folder import STAGES, RunFolder
 
+SHORT = ("finetune.steps=3", "finetune.warmup_steps=0", "finetune.batch_size=8", "finetune.mu=2")
 ACCURACY = {0: 0.9, 1: 0.8, 2: 0.7}  # of the seed
 
 
@@ -61,7 +71,7 @@ def write_results_of(path: Path, accuracy: float) -> None:
     path.write_text(json.dumps(results))
 
 
-def make_splits(images: Any, settings: Any, num_refits: int) -> pd.DataFrame:
+def cardboard_splits(images: Any, settings: Any, num_refits: int) -> pd.DataFrame:
     labels = settings.labels if isinstance(settings.labels, int) else 40
     split = ["labelled"] * labels + ["unlabelled"] * 10 + ["test"] * 5
     return pd.DataFrame({"id": range(len(split)), "path": "x.png", "label": 0, "split": split})
@@ -81,7 +91,7 @@ def house(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> House:
 
     hardware = SimpleNamespace(describe=lambda: "cardboard", device="cpu")
     replace("modicum.data.sources", load_images=lambda settings: SimpleNamespace(name=settings.name))
-    replace("modicum.data.splits", make_splits=make_splits, write_splits=lambda splits, path: splits.to_csv(path, index=False))
+    replace("modicum.data.splits", make_splits=cardboard_splits, write_splits=lambda splits, path: splits.to_csv(path, index=False))
     monkeypatch.setattr("modicum.hardware.choose_hardware", lambda experiment: hardware)
     reason = SimpleNamespace(key="data.mirror", value=False, why="cardboard has no sides")
     replace("modicum.resolve", resolve=lambda experiment, images: (experiment, [reason]))
@@ -131,3 +141,21 @@ def assert_same() -> Callable[..., None]:
             assert one == other, path
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def digits() -> Images:
+    return load_images(load_experiment("digits").data)
+
+
+@pytest.fixture
+def session_of(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Images, a folder and settings -> a short session of stage two, with the settings in the file's `SMALL` below those given."""
+
+    def make(images: Images, folder: Path, *overrides: str) -> Any:
+        experiment, _ = resolve(load_experiment("digits", [*SHORT, *request.module.SMALL, *overrides]), images)
+        splits = make_splits(images, experiment.finetune, experiment.evaluate.cross_validate)
+        hardware = Hardware(torch.device("cpu"), "fp32", 1)
+        return SimpleNamespace(experiment=experiment, images=images, splits=splits, folder=RunFolder(folder), hardware=hardware)
+
+    return make

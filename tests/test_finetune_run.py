@@ -1,6 +1,7 @@
 """What a run of stage two starts from, learns and leaves: frozen backbones, rates by layer, and the weights that are judged."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,24 +15,20 @@ from torch import Tensor, nn
 from modicum.checkpoint import Preprocessing, save_backbone
 from modicum.config import load_experiment
 from modicum.data.images import Images
-from modicum.data.sources import load_images
-from modicum.data.splits import make_splits
 from modicum.errors import InputError
 from modicum.finetune.run import optimizer_groups, train, variants
 from modicum.finetune.semi_supervised import SemiSupervised
 from modicum.finetune.weights import KINDS, same
-from modicum.hardware import Hardware
 from modicum.method import Facts, Progress, find_method
 from modicum.networks import Backbone, create_backbone
 from modicum.networks.backbones import choose_architecture
 from modicum.optim import build_optimizer, parameter_groups
 from modicum.record import Metrics
 from modicum.resolve import resolve
-from modicum.run_folder import RunFolder
 from modicum.settings import BackboneSettings, FinetuneSettings, OptimizerSettings, TeacherSettings
 
 FIXMATCH = "finetune.method={name: fixmatch, threshold: 0.1, teacher: {norm: %s, momentum: 0.9}}"
-SMALL = ["finetune.steps=4", "finetune.warmup_steps=0", "finetune.batch_size=8", "finetune.mu=2", "finetune.warm_start=none"]
+SMALL = ["finetune.steps=4", "finetune.warm_start=none"]
 
 
 class Normed(nn.Module):
@@ -89,18 +86,6 @@ def test_three_kinds_of_weights_are_averages_of_the_students(norm: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def digits() -> Images:
-    return load_images(load_experiment("digits").data)
-
-
-def session_of(images: Images, folder: Path, *overrides: str) -> Any:
-    experiment, _ = resolve(load_experiment("digits", [*SMALL, *overrides]), images)
-    splits = make_splits(images, experiment.finetune)
-    hardware = Hardware(torch.device("cpu"), "fp32", 1)
-    return SimpleNamespace(experiment=experiment, images=images, splits=splits, folder=RunFolder(folder), hardware=hardware)
-
-
-@pytest.fixture(scope="module")
 def start(digits: Images, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A backbone that has seen some images."""
     folder = tmp_path_factory.mktemp("start") / "backbone"
@@ -117,7 +102,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("norm", "export"), [("eman", "auto"), ("bn", "auto"), ("eman", "student")])
 def test_the_settings_say_which_weights_are_exported_and_the_others_lie_beside(
-    digits: Images, tmp_path: Path, start: Path, norm: str, export: str
+    session_of: Callable[..., Any], digits: Images, tmp_path: Path, start: Path, norm: str, export: str
 ) -> None:
     session = session_of(digits, tmp_path, FIXMATCH % norm, f"finetune.init={start}", f"finetune.export={export}")
     main, *baselines = variants(session)
@@ -142,7 +127,7 @@ def test_the_settings_say_which_weights_are_exported_and_the_others_lie_beside(
     ("setting", "norm"), [("freeze_backbone=true", "eman"), ("freeze_backbone=true", "bn"), ("backbone_lr_scale=0", "bn")]
 )
 def test_a_frozen_backbone_stays_as_it_is_to_the_last_bit_and_the_head_learns(
-    digits: Images, tmp_path: Path, start: Path, setting: str, norm: str
+    session_of: Callable[..., Any], digits: Images, tmp_path: Path, start: Path, setting: str, norm: str
 ) -> None:
     """Statistics too, although validation images are read in between, and in the teacher as well."""
     scale = [] if "scale" in setting else ["finetune.backbone_lr_scale=1"]

@@ -11,7 +11,6 @@ import torch
 from modicum.config import load_experiment
 from modicum.data.batches import balanced_positions
 from modicum.data.images import Images
-from modicum.data.sources import load_images
 from modicum.data.splits import make_splits
 from modicum.data.stream import Stream
 from modicum.errors import InputError
@@ -86,11 +85,6 @@ def test_as_many_equal_classes() -> None:
     assert effective_classes(np.full(4, 0.25)) == pytest.approx(4)
     assert effective_classes(np.array([1.0, 0, 0])) == pytest.approx(1)
     assert 1 < effective_classes(np.array([0.9, 0.1])) < 2
-
-
-@pytest.fixture(scope="module")
-def digits() -> Images:
-    return load_images(load_experiment("digits").data)
 
 
 @pytest.fixture(scope="module")

@@ -15,48 +15,23 @@ import torch
 from modicum.checkpoint import Preprocessing, load_classifier, save_classifier
 from modicum.config import load_experiment
 from modicum.data.images import Images
-from modicum.data.sources import load_images
-from modicum.data.splits import make_splits
 from modicum.errors import InputError, Preempted
 from modicum.finetune.audit import Audit
 from modicum.finetune.methods.noisy_student import NoisyStudent
 from modicum.finetune.outputs import outputs
 from modicum.finetune.run import run, variants, with_teachers
 from modicum.finetune.selection import MOST_COPIES, selection
-from modicum.hardware import Hardware
 from modicum.method import Facts, find_method, settings_model
 from modicum.networks import Backbone, Classifier, create_backbone
 from modicum.networks.backbones import choose_architecture
 from modicum.record import Metrics
 from modicum.resolve import resolve
-from modicum.run_folder import RunFolder
 from modicum.session import make_request
 from modicum.settings import BackboneSettings
 from modicum.teacher import Teacher
 
 CLASSES, SIZE = 3, 12
-SMALL = [
-    "finetune.init=random",
-    "finetune.warm_start=none",
-    "finetune.steps=3",
-    "finetune.warmup_steps=0",
-    "finetune.batch_size=8",
-    "finetune.mu=2",
-    "finetune.baselines=[]",
-    "finetune.labels=30",
-]
-
-
-@pytest.fixture(scope="module")
-def digits() -> Images:
-    return load_images(load_experiment("digits").data)
-
-
-def session_of(digits: Images, folder: Path, *overrides: str) -> Any:
-    experiment, _ = resolve(load_experiment("digits", [*SMALL, *overrides]), digits)
-    splits = make_splits(digits, experiment.finetune, experiment.evaluate.cross_validate)
-    hardware = Hardware(torch.device("cpu"), "fp32", 1)
-    return SimpleNamespace(experiment=experiment, images=digits, splits=splits, folder=RunFolder(folder), hardware=hardware)
+SMALL = ["finetune.init=random", "finetune.warm_start=none", "finetune.baselines=[]", "finetune.labels=30"]
 
 
 def backbone(seed: int = 0) -> Backbone:
@@ -207,7 +182,9 @@ def test_distill_learns_the_frozen_teacher_at_a_temperature(tmp_path: Path, temp
         ("noisy_student", ["teacher", "rounds/1", "rounds/2", ""]),
     ],
 )
-def test_the_runs_behind_a_method_teach_one_another(digits: Images, tmp_path: Path, method: str, folders: list[str]) -> None:
+def test_the_runs_behind_a_method_teach_one_another(
+    session_of: Callable[..., Any], digits: Images, tmp_path: Path, method: str, folders: list[str]
+) -> None:
     (whole,) = variants(session_of(digits, tmp_path, f"finetune.method={method}"))
     runs = list(with_teachers(whole))
     assert [part.folder for part in runs] == [whole.folder / folder for folder in folders]
@@ -219,7 +196,7 @@ def test_the_runs_behind_a_method_teach_one_another(digits: Images, tmp_path: Pa
         assert runs[0].method["name"] == "supervised"
 
 
-def test_a_refits_teachers_know_no_label_that_it_does_not(digits: Images, tmp_path: Path) -> None:
+def test_a_refits_teachers_know_no_label_that_it_does_not(session_of: Callable[..., Any], digits: Images, tmp_path: Path) -> None:
     session = session_of(digits, tmp_path, "finetune.method=noisy_student", "evaluate.cross_validate=3")
     for refit in variants(session)[1:]:
         for part in with_teachers(refit):
@@ -227,7 +204,7 @@ def test_a_refits_teachers_know_no_label_that_it_does_not(digits: Images, tmp_pa
             assert refit.folder in (part.folder, *part.folder.parents)
 
 
-def test_a_teacher_that_is_named_comes_first(digits: Images, tmp_path: Path) -> None:
+def test_a_teacher_that_is_named_comes_first(session_of: Callable[..., Any], digits: Images, tmp_path: Path) -> None:
     experiment = load_experiment("digits")
     resolved, _ = resolve(experiment, digits)
     folder = tmp_path / "teacher"
@@ -239,7 +216,9 @@ def test_a_teacher_that_is_named_comes_first(digits: Images, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("part_of_it", ["true", "false"])
-def test_each_round_is_told_what_the_round_before_says_of_plain_images(digits: Images, tmp_path: Path, part_of_it: str) -> None:
+def test_each_round_is_told_what_the_round_before_says_of_plain_images(
+    session_of: Callable[..., Any], digits: Images, tmp_path: Path, part_of_it: str
+) -> None:
     options = "finetune.method={name: noisy_student, rounds: 2, threshold: 0.1}", f"finetune.labelled_in_unlabelled={part_of_it}"
     session = session_of(digits, tmp_path, *options)
     run(session)
@@ -261,7 +240,12 @@ def test_each_round_is_told_what_the_round_before_says_of_plain_images(digits: I
 
 @pytest.mark.parametrize("method", ["{name: noisy_student, rounds: 2}", "{name: distill, alpha: 0.5}"])
 def test_a_run_preempted_in_any_of_its_parts_goes_on_to_the_same_bits(
-    digits: Images, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch, assert_same: Callable[[Any, Any], None]
+    session_of: Callable[..., Any],
+    digits: Images,
+    tmp_path: Path,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_same: Callable[[Any, Any], None],
 ) -> None:
     def states(name: str) -> dict[str, Any]:
         root = tmp_path / name / "finetune"
@@ -292,7 +276,7 @@ def test_a_run_preempted_in_any_of_its_parts_goes_on_to_the_same_bits(
     assert_same(states("whole"), states("preempted"))
 
 
-def test_a_student_may_have_another_backbone_than_its_teacher(digits: Images, tmp_path: Path) -> None:
+def test_a_student_may_have_another_backbone_than_its_teacher(session_of: Callable[..., Any], digits: Images, tmp_path: Path) -> None:
     run(session_of(digits, tmp_path / "teacher", "finetune.method=supervised"))
     folder = tmp_path / "teacher" / "finetune" / "classifier"
     run(

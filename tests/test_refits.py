@@ -4,7 +4,6 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,42 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modicum.config import load_experiment
 from modicum.data.images import Images
-from modicum.data.sources import load_images
-from modicum.data.splits import make_splits
 from modicum.errors import Preempted
 from modicum.finetune.audit import Audit
 from modicum.finetune.run import run, train, variants
-from modicum.hardware import Hardware
-from modicum.resolve import resolve
-from modicum.run_folder import RunFolder
 
-SMALL = [
-    "finetune.init=random",
-    "finetune.steps=3",
-    "finetune.warmup_steps=0",
-    "finetune.batch_size=8",
-    "finetune.mu=2",
-    "finetune.baselines=[]",
-    "finetune.labels=30",
-]
-
-
-@pytest.fixture(scope="module")
-def digits() -> Images:
-    return load_images(load_experiment("digits").data)
-
-
-def session_of(digits: Images, folder: Path, *overrides: str) -> Any:
-    experiment, _ = resolve(load_experiment("digits", [*SMALL, "evaluate.cross_validate=3", *overrides]), digits)
-    splits = make_splits(digits, experiment.finetune, experiment.evaluate.cross_validate)
-    hardware = Hardware(torch.device("cpu"), "fp32", 1)
-    return SimpleNamespace(experiment=experiment, images=digits, splits=splits, folder=RunFolder(folder), hardware=hardware)
+SMALL = ["finetune.init=random", "finetune.baselines=[]", "finetune.labels=30", "evaluate.cross_validate=3"]
 
 
 @pytest.mark.parametrize("setting", ["true", "false"])
-def test_every_label_is_missing_from_one_refit_whose_image_is_an_unlabelled_one(digits: Images, tmp_path: Path, setting: str) -> None:
+def test_every_label_is_missing_from_one_refit_whose_image_is_an_unlabelled_one(
+    session_of: Callable[..., Any], digits: Images, tmp_path: Path, setting: str
+) -> None:
     whole, *refits = variants(session_of(digits, tmp_path, f"finetune.labelled_in_unlabelled={setting}"))
     held_out = [np.setdiff1d(whole.labelled, refit.labelled) for refit in refits]
     assert len(refits) == 3
@@ -59,11 +34,13 @@ def test_every_label_is_missing_from_one_refit_whose_image_is_an_unlabelled_one(
     assert len({refit.folder for refit in (whole, *refits)}) == len({refit.title for refit in (whole, *refits)}) == 4
 
 
-def test_without_the_setting_there_is_no_refit(digits: Images, tmp_path: Path) -> None:
+def test_without_the_setting_there_is_no_refit(session_of: Callable[..., Any], digits: Images, tmp_path: Path) -> None:
     assert len(variants(session_of(digits, tmp_path, "evaluate.cross_validate=0"))) == 1
 
 
-def test_the_labels_held_out_reach_no_weight(digits: Images, tmp_path: Path, assert_same: Callable[[Any, Any], None]) -> None:
+def test_the_labels_held_out_reach_no_weight(
+    session_of: Callable[..., Any], digits: Images, tmp_path: Path, assert_same: Callable[[Any, Any], None]
+) -> None:
     """With other labels in their place the refit is the same to the last bit; with another label to learn from it is not."""
 
     def weights(name: str, changed: np.ndarray) -> dict[str, torch.Tensor]:
@@ -82,7 +59,7 @@ def test_the_labels_held_out_reach_no_weight(digits: Images, tmp_path: Path, ass
 
 
 def test_a_stage_preempted_in_a_refit_goes_on_to_the_same_bits(
-    digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_same: Callable[[Any, Any], None]
+    session_of: Callable[..., Any], digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_same: Callable[[Any, Any], None]
 ) -> None:
     def states(name: str) -> dict[str, Any]:
         root = tmp_path / name / "finetune"

@@ -10,11 +10,6 @@ from modicum.resolve import Reason, resolve
 from modicum.settings import AUTO, Experiment
 
 
-@pytest.fixture(scope="module")
-def digits() -> Images:
-    return load_images(load_experiment("digits").data)
-
-
 def resolved(digits: Images, *overrides: str) -> tuple[Experiment, dict[str, Reason]]:
     experiment, reasons = resolve(load_experiment("digits", overrides), digits)
     return experiment, {reason.key: reason for reason in reasons}
