@@ -134,17 +134,13 @@ def test_crops_equal_antialiased_resized_crop(side, size, channels):
 
 
 @pytest.mark.parametrize("side", [8, 32])
-def test_shift_equals_pad_and_crop(side):
-    x = pictures(9, side) / 255
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shift_equals_pad_and_crop(side, channels):
+    x = pictures(9, side, channels)
     offset = torch.arange(9) - 4
-    places = geometry.shift_places(torch.stack((offset, offset.flip(0)), 1), side, torch.zeros(9, 2, dtype=torch.bool))
-    rows, columns = geometry.triangle(*places, shrinks=False).unbind(1)
     padded = TF.pad(x, [4], padding_mode="reflect")
     expected = torch.stack([TF.crop(padded[i], i, 8 - i, side, side) for i in range(9)])
-    assert torch.equal(geometry.separable(x, rows, columns), expected)
-    assert torch.equal(
-        geometry.mix_columns(geometry.mix_rows(x, *geometry.row_taps(*(tensor[:, 0] for tensor in places))), columns), expected
-    )
+    assert torch.equal(geometry.shift(x, torch.stack((offset, offset.flip(0)), 1), 4), expected)
 
 
 @pytest.mark.parametrize(("side", "taps"), [(8, 3), (32, 3), (40, 5), (224, 23)])

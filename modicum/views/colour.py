@@ -7,7 +7,6 @@ the same name on float images (tests/test_views.py).
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision rounds it
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -96,8 +95,9 @@ def hue_place(order: Tensor) -> Tensor:
 
 
 def solarize(x: Tensor, threshold: Tensor | float) -> Tensor:
-    """Inverts what is at or above `threshold` (number or (B, 1, 1))."""
-    return torch.where(x >= threshold, 1 - x, x)
+    """Inverts what is at or above `threshold` (number or (B, 1, 1)), as |x - 1|: choosing by a comparison takes eight times as long."""
+    at_or_above = (x - threshold).mul_(1e30).add_(1).clamp_(0, 1)
+    return at_or_above.sub_(x).abs_()
 
 
 def posterize(x: Tensor, levels: Tensor) -> Tensor:
@@ -126,8 +126,9 @@ def equalize(x: Tensor) -> Tensor:
 
 def sharpness(x: Tensor, factor: Tensor) -> Tensor:
     """(B, C, S, S) blended with its 3 x 3 smoothing by `factor` (B, 1, 1, 1): 0 smooth, 1 as it is. The outermost pixels stay."""
-    inner = x[..., 1:-1, 1:-1]
-    smooth = F.avg_pool2d(x, 3, stride=1) * (9 / 13) + inner * (4 / 13)
+    above_and_below = (x[..., :-2, :] + x[..., 1:-1, :]).add_(x[..., 2:, :])
+    square = (above_and_below[..., :-2] + above_and_below[..., 1:-1]).add_(above_and_below[..., 2:])
     x = x.clone()
-    x[..., 1:-1, 1:-1] += (smooth - inner) * (1 - factor)
+    inner = x[..., 1:-1, 1:-1]  # the smoothing weighs the centre 5, the eight around it 1, of 13
+    inner.mul_(factor + (1 - factor) * (4 / 13)).add_(square.mul_((1 - factor) / 13))
     return x.clamp_(0, 1)

@@ -87,18 +87,18 @@ class Policy:
     def _plan(self, draws: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the device needs of the draws, computed for the whole batch: a small operation costs as much for 1 image as for 500."""
         plan: dict[str, Tensor] = {}
-        flip = draws.get("flip", torch.tensor(False))
-        mirrored = torch.stack((torch.zeros_like(flip), flip), -1)  # rows, columns
         if "crop" in draws:
+            flip = draws.get("flip", torch.tensor(False))
+            mirrored = torch.stack((torch.zeros_like(flip), flip), -1)  # rows, columns
             first, length = draws["crop"].view(-1, 2, 2).unbind(1)
             pixel, place = geometry.crop_places(first, length, self.image_size, self.size, mirrored)
-        elif "shift" in draws:
-            pixel, place = geometry.shift_places(draws["shift"], self.image_size, mirrored)
-        if ("crop" in draws or "shift" in draws) and self._shrinks:
-            plan |= {"pixel": pixel, "place": place}
-        elif "crop" in draws or "shift" in draws:
-            plan |= dict(zip(("low", "high", "share"), geometry.row_taps(pixel[:, 0], place[:, 0]), strict=True))
-            plan |= {"pixel": pixel[:, 1], "place": place[:, 1]}
+            if self._shrinks:
+                plan |= {"pixel": pixel, "place": place}
+            else:
+                plan |= dict(zip(("low", "high", "share"), geometry.row_taps(pixel[:, 0], place[:, 0]), strict=True))
+                plan |= {"pixel": pixel[:, 1], "place": place[:, 1]}
+        if "shift" in draws:
+            plan["shift"] = draws["shift"]
         if "jitter" in draws:
             plan |= colour.jitter_plan(draws["order"], draws["factors"], self.channels)
         return plan
@@ -106,18 +106,20 @@ class Policy:
     def _views(self, images: Tensor, draws: dict[str, Tensor], plan: dict[str, Tensor], out: Tensor) -> None:
         """A part of the batch that fits the cache, in the order of `_order`, into `out` (b, C, size, size)."""
         recipe, device = self.recipe, images.device
-        x = images.float()
-        if "place" in plan:
+        if "crop" in draws:
+            x = images.float()
             matrices = geometry.triangle(plan["pixel"], plan["place"], self._shrinks)
             if self._shrinks:
                 x = geometry.separable(x.div_(255), *matrices.unbind(1))
             else:
                 x = geometry.mix_rows(x, plan["low"], plan["high"], plan["share"])
                 x = geometry.mix_columns(x, matrices.div_(255))
+        elif "shift" in draws:
+            x = geometry.shift(images, plan["shift"], round(recipe.shift * self.image_size)).float().mul_(1 / 255)
         else:
-            x.div_(255)
-            if "flip" in draws:
-                _where(draws["flip"], x, lambda part: part.flip(3))
+            x = images.float().div_(255)
+        if "flip" in draws and "crop" not in draws:  # a crop has flipped already
+            _where(draws["flip"], x, lambda part: part.flip(3))
         if "gray" in draws and recipe.gray_first:
             _where(draws["gray"], x, _greyscale)
         if "jitter" in draws:
@@ -138,8 +140,8 @@ class Policy:
         torch.sub(x.mul_(send(scale, device)), send(torch.tensor(self.mean)[:, None, None] * scale, device), out=out)
         if "cutout" in draws:  # after normalisation, so that zero is the mean colour
             pixel = (torch.arange(self.size, device=device) + 0.5) / self.size
-            covered = (pixel - send(draws["cutout"], device)[..., None]).abs_() < recipe.cutout / 2
-            out.masked_fill_((covered[:, 0, :, None] & covered[:, 1, None, :])[:, None], 0)
+            covered = ((pixel - send(draws["cutout"], device)[..., None]).abs_() < recipe.cutout / 2).float()
+            out.mul_((1 - covered[:, 0, :, None] * covered[:, 1, None, :])[:, None])
 
     def _jitter(self, x: Tensor, draws: dict[str, Tensor], plan: dict[str, Tensor]) -> Tensor:
         """Consumes `x`. The images with jitter come first where `_order` has sorted them; else they are picked."""

@@ -12,6 +12,7 @@ from modicum import distributed
 from modicum.data.stream import Batch
 from modicum.method import Decisions, Facts, Loss, Method, Progress, Recipe, decide_teacher
 from modicum.networks import Backbone
+from modicum.networks.stems import SMALL_IMAGE
 from modicum.optim import Pace, rising_to_one
 from modicum.pretrain.crops import by_size, take_all_sizes
 from modicum.pretrain.losses import across_views
@@ -20,6 +21,17 @@ from modicum.settings import AUTO, TeacherSettings
 from modicum.teacher import Teacher
 
 PAPER_PROTOTYPES = 65536
+
+
+def head(widths: list[int], *, norm: bool) -> nn.Sequential:
+    """Linear layers of these widths with GELU between them, and `norm` batch norm before each GELU; begins as the authors' does."""
+    layers: list[nn.Module] = []
+    for num_inputs, num_outputs in pairwise(widths):
+        linear = nn.Linear(num_inputs, num_outputs)
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        nn.init.zeros_(linear.bias)
+        layers += [linear, *([nn.BatchNorm1d(num_outputs)] if norm else []), nn.GELU()]
+    return nn.Sequential(*layers[: -3 if norm else -2], linear)
 
 
 class DINO(Method):
@@ -51,13 +63,13 @@ class DINO(Method):
         frozen_epochs: Annotated[float, Ge(0), "first epochs in which the prototypes stand still"] = 1.0,
         hidden_size: Annotated[int, Ge(2), "width of the head"] = 2048,
         embedding_size: Annotated[int, Ge(2), "dimensions of embeddings and prototypes"] = 256,
+        head_norm: Annotated[bool, "batch norm in the head"] = AUTO,
         teacher: Annotated[TeacherSettings, "its momentum rises to 1 over the run"] = TeacherSettings(norm="bn"),
     ) -> None:
         super().__init__()
         take_all_sizes(backbone)
         widths = [backbone.num_features, hidden_size, hidden_size, embedding_size]
-        layers = [layer for n, m in pairwise(widths) for layer in (nn.Linear(n, m), nn.GELU())]
-        self.student = nn.Sequential(backbone, nn.Sequential(*layers[:-1]), Prototypes(embedding_size, num_prototypes))
+        self.student = nn.Sequential(backbone, head(widths, norm=head_norm), Prototypes(embedding_size, num_prototypes))
         self.paces = {"student.2": Pace(starts=facts.share_of_run(frozen_epochs))}
         self.teacher = Teacher(self.student, teacher)
         self.register_buffer("centre", torch.zeros(num_prototypes))
@@ -89,4 +101,6 @@ class DINO(Method):
             fitting = min(PAPER_PROTOTYPES, 2 ** (max(4, facts.num_images // 16).bit_length() - 1))
             why = f"the paper's {PAPER_PROTOTYPES}, or the largest power of two in a sixteenth of the {facts.num_images} images"
             decisions["num_prototypes"] = fitting, why
+        if settings["head_norm"] == AUTO:
+            decisions["head_norm"] = not facts.transformer and facts.image_size <= SMALL_IMAGE, "x"
         return decisions
