@@ -125,9 +125,10 @@ CASES: dict[str, tuple[type[nn.Module], str, str, dict[str, Any]]] = {
         {"embedding_size": 12, "invariance_weight": 1.0, "variance_weight": 1.0, "covariance_weight": 0.04},
     ),
     "moco_v3-sync_bn": (Normed, "moco_v3", "bn", {**SMALL, "temperature": 0.2, "head_layers": 2, **teacher("sync_bn")}),
-    "swav-sync_bn": (Normed, "swav", "sync_bn", {**SMALL, "num_prototypes": 12, "queue_size": 16, "queue_epochs": 0}),
+    "swav-sync_bn": (Normed, "swav", "sync_bn", {**SMALL, "epsilon": 0.05, "num_prototypes": 12, "queue_size": 16, "queue_epochs": 0}),
     "w_mse-sync_bn": (NormFree, "w_mse", "sync_bn", {"hidden_size": 24, "sub_batch": 16, "embedding_size": 4}),
-    "dino-no_norm": (NormFree, "dino", "bn", {**SMALL, "num_prototypes": 16, **teacher("bn")}),
+    "dino-no_norm": (NormFree, "dino", "bn", {**SMALL, "num_prototypes": 16, "head_norm": False, **teacher("bn")}),
+    "dino-sync_bn": (Normed, "dino", "bn", {**SMALL, "num_prototypes": 16, "head_norm": True, **teacher("sync_bn")}),
     "simclr-bn": (Normed, "simclr", "bn", {"temperature": 0.1}),
 }
 

@@ -83,6 +83,20 @@ def test_simclrs_temperature_is_that_of_small_images_or_of_large_ones(digits: Im
     assert resolved(digits, "pretrain.method=simclr_v2")[0].pretrain.method["temperature"] == 0.1
 
 
+def test_what_keeps_small_images_from_staying_together_is_on_for_small_images_alone(digits: Images) -> None:
+    pixels = digits.pixels[:400].repeat_interleave(12, dim=2).repeat_interleave(12, dim=3)
+    large_images = Images("large", pixels, digits.manifest[:400], digits.class_names, digits.mirror)
+    small, reasons = resolved(digits, "pretrain.method=swav")
+    large, _ = resolved(large_images, "pretrain.method=swav")
+    assert [e.pretrain.method["epsilon"] for e in (small, large)] == [0.02, 0.05]
+    assert "close together" in reasons["pretrain.method.epsilon"].why
+    choices = [(digits, "resnet18"), (large_images, "resnet18"), (digits, "vit_tiny_patch16_224")]
+    heads = [
+        resolved(images, "pretrain={method: dino}", f"backbone.name={name}")[0].pretrain.method["head_norm"] for images, name in choices
+    ]
+    assert heads == [True, False, False]
+
+
 def test_a_transformer_has_the_papers_settings_for_transformers(digits: Images) -> None:
     convolutional, _ = resolved(digits, "pretrain={method: moco_v3}")
     transformer, reasons = resolved(digits, "pretrain={method: moco_v3}", "backbone.name=vit_tiny_patch16_224")

@@ -102,5 +102,7 @@ class DINO(Method):
             why = f"the paper's {PAPER_PROTOTYPES}, or the largest power of two in a sixteenth of the {facts.num_images} images"
             decisions["num_prototypes"] = fitting, why
         if settings["head_norm"] == AUTO:
-            decisions["head_norm"] = not facts.transformer and facts.image_size <= SMALL_IMAGE, "x"
+            small = not facts.transformer and facts.image_size <= SMALL_IMAGE
+            why = "small images through convolutions begin close together, and would stay there without it" if small else "the paper's"
+            decisions["head_norm"] = small, why
         return decisions

@@ -14,6 +14,7 @@ from modicum.data.stream import Batch
 from modicum.errors import InputError
 from modicum.method import Decisions, Facts, Loss, Method, Progress, Recipe
 from modicum.networks import Backbone, mlp
+from modicum.networks.stems import SMALL_IMAGE
 from modicum.optim import Pace
 from modicum.pretrain.crops import by_size, take_all_sizes
 from modicum.pretrain.losses import across_views, sinkhorn
@@ -39,7 +40,7 @@ class SwAV(Method):
         seed: int = 0,
         *,
         temperature: Annotated[float, Gt(0), "divides the cosines to the prototypes"] = 0.1,
-        epsilon: Annotated[float, Gt(0), "smoothness of the assignments"] = 0.05,
+        epsilon: Annotated[float, Gt(0), "smoothness of the assignments"] = AUTO,
         sinkhorn_rounds: Annotated[int, Ge(1), "rounds of equalising prototypes and images"] = 3,
         num_prototypes: Annotated[int, Ge(2), "prototypes"] = AUTO,
         frozen_epochs: Annotated[float, Ge(0), "first epochs in which the prototypes stand still"] = 1.0,
@@ -94,6 +95,11 @@ class SwAV(Method):
                 "leave it out, or give queue_size."
             )
         decisions: Decisions = {}
+        if settings["epsilon"] == AUTO:
+            # embeddings of small images begin close together: 0.05 assigns all of them evenly, which teaches nothing
+            small = facts.image_size <= SMALL_IMAGE
+            why = f"for images of up to {SMALL_IMAGE} px, whose embeddings begin close together" if small else "the paper's"
+            decisions["epsilon"] = 0.02 if small else 0.05, why
         if settings["queue_epochs"] == AUTO and settings["queue_size"]:
             decisions["queue_epochs"] = 15.0, "the paper's"
         if settings["num_prototypes"] == AUTO:
