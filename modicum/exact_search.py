@@ -18,6 +18,7 @@ from torch import Tensor
 from modicum.hardware import has_fast_bf16
 
 CELLS = 2**23  # products held at a time
+PART = 256  # rows rounded at a time: more leave memory behind that is freed and not given back
 PIVOTS = 256  # rows by which queries are ordered
 LARGE = 16_384  # rows from which rounding the bank to bf16 pays
 GROUPED = 32  # rows of which only the largest product is looked at for the bound; fewer than all 32 are seldom near
@@ -34,13 +35,13 @@ class Bank:
         self.mean = rows.mean(dim=0)
         self.cheap = torch.empty(len(rows), rows.shape[1] + 2, dtype=self.kind)
         longest = torch.zeros(5)
-        for at in range(0, len(rows), 4096):
-            part = rows[at : at + 4096]
+        for at in range(0, len(rows), PART):
+            part = rows[at : at + PART]
             centred = part - self.mean
             offset = (centred @ self.mean)[:, None]
             cheap = torch.cat([centred, offset], dim=1).to(self.kind)
             # the offset is as large as the product, so that what rounding leaves of it has a column of its own
-            self.cheap[at : at + 4096] = torch.cat([cheap, (offset - cheap[:, -1:]).to(self.kind)], dim=1)
+            self.cheap[at : at + PART] = torch.cat([cheap, (offset - cheap[:, -1:]).to(self.kind)], dim=1)
             lost = centred - cheap[:, :-1]
             longest = longest.maximum(torch.stack([_length(x).max() for x in (part, centred, cheap[:, :-1].float(), lost, offset)]))
         self.longest, self.longest_centred, self.longest_cheap, self.longest_lost, self.largest_offset = longest.tolist()
