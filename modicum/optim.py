@@ -42,7 +42,7 @@ class Recipe:
 def decide_optimizer(settings: Mapping[str, Any], recipe: Recipe, method: str, batch: int, prefix: str) -> dict[str, tuple[Any, str]]:
     """What a section's settings are where they are left `auto`, each with its reason, for `batch` images a step.
 
-    Raises InputError for an explicit setting that the optimizer would ignore.
+    Raises InputError for an explicit setting that the optimizer would ignore, and for another optimizer without a rate of its own.
     """
     own = f"{method}'s own"
     chosen = recipe.name if settings["name"] == AUTO else settings["name"]
@@ -57,6 +57,8 @@ def decide_optimizer(settings: Mapping[str, Any], recipe: Recipe, method: str, b
         if settings[key] not in (AUTO, 0) and not heeded:
             without = f"{chosen} with momentum 0" if key == "nesterov" and chosen == "sgd" else chosen
             raise InputError(f"{prefix}.{key} = {settings[key]} would do nothing, since {without} has none: leave it out.")
+    if chosen != recipe.name and not given:
+        raise InputError(f"{prefix}.name = {chosen} needs a learning rate: {method}'s own is one for {recipe.name}. Give {prefix}.lr.")
     return {
         "name": (recipe.name, own),
         "lr": lr,

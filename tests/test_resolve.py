@@ -122,11 +122,12 @@ def test_a_method_of_more_strong_views_takes_the_last_again(digits: Images, name
 
 @pytest.mark.parametrize(
     ("optimizer", "momentum", "nesterov"),
-    [("adamw", 0.0, False), ("lars", 0.9, False), ("sgd", 0.9, True), ("{name: sgd, momentum: 0}", 0.0, False)],
+    [("name: adamw", 0.0, False), ("name: lars", 0.9, False), ("name: sgd", 0.9, True), ("name: sgd, momentum: 0", 0.0, False)],
 )
 def test_an_optimizer_has_no_setting_that_it_would_ignore(digits: Images, optimizer: str, momentum: float, nesterov: bool) -> None:
-    spelt = optimizer if optimizer.startswith("{") else f"{{name: {optimizer}}}"
-    found = resolved(digits, f"finetune.optimizer={spelt}")[0].finetune.optimizer  # FixMatch's own is SGD with Nesterov momentum
+    found = resolved(digits, f"finetune.optimizer={{{optimizer}, lr: 0.01}}")[
+        0
+    ].finetune.optimizer  # FixMatch's own is SGD with Nesterov momentum
     assert (found.momentum, found.nesterov) == (momentum, nesterov)
 
 
@@ -207,6 +208,10 @@ def test_crops_that_the_network_does_not_take_are_refused(backbone: str, sentenc
         ("pretrain.optimizer.nesterov=true", "pretrain.optimizer.nesterov = True would do nothing, since adamw has none"),
         ("pretrain.optimizer={name: lars, nesterov: true}", "nesterov = True would do nothing, since lars has none"),
         ("finetune.optimizer={name: sgd, momentum: 0, nesterov: true}", "since sgd with momentum 0 has none"),
+        (
+            "pretrain={method: simclr, optimizer: {name: sgd}}",
+            "pretrain.optimizer.name = sgd needs a learning rate: simclr's own is one for lars",
+        ),
         ("finetune.optimizer.momentum=0.8", "finetune.optimizer.momentum = 0.8 would do nothing, since adamw has none"),
         ("pretrain.epochs=2", "pretrain.warmup_epochs = 3 is longer than the run of 2 epochs: choose 2 or less"),
         ("finetune.steps=19", "finetune.warmup_steps = 20 is longer than the run of 19 steps"),
