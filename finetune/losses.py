@@ -6,6 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modicum.hardware import in_full_precision
+
+
+@in_full_precision
+def similarities(first: Tensor, second: Tensor) -> Tensor:
+    """(N, M): the product of each row of `first` (N, D) with each of `second` (M, D), in float32 also under autocast."""
+    return first @ second.T
+
 
 def pseudo_label(logits: Tensor, guesses: Tensor, used: Tensor) -> Tensor:
     """Cross-entropy of logits (N, C) to guessed classes (N,), averaged over all N with those not `used` (N,) as zeros.
@@ -90,17 +98,17 @@ def prior_distance(logits: Tensor, prior: Tensor) -> Tensor:
     return (prior * (prior / mean.clamp_min(1e-12)).log()).sum()
 
 
-def embedding_cross_entropy(similarities: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of softmax(similarities / T) (N, M) to rows of `targets` (N, M) that sum to 1, mean over N.
+def embedding_cross_entropy(likeness: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of softmax(likeness / T) (N, M) to rows of `targets` (N, M) that sum to 1, mean over N.
 
     CoMatch (arXiv:2011.11183), equation 8; SimMatch (arXiv:2203.06915), equation 6.
     """
-    return F.cross_entropy(similarities / temperature, targets)
+    return F.cross_entropy(likeness / temperature, targets)
 
 
 def pseudo_label_graph(probabilities: Tensor, threshold: float) -> Tensor:
     """Rows (N, N) summing to 1: 1 for an image itself, p_i . p_j for others from `threshold` on (arXiv:2011.11183, equation 6)."""
-    graph = probabilities @ probabilities.T
+    graph = similarities(probabilities, probabilities)
     graph = torch.where(graph >= threshold, graph, 0)
     itself = torch.eye(len(graph), dtype=graph.dtype, device=graph.device)
     graph = graph * (1 - itself) + itself

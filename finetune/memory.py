@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from modicum import distributed
+from modicum.finetune.losses import similarities
 
 
 class Memory(nn.Module):
@@ -32,5 +33,5 @@ class Memory(nn.Module):
     @torch.no_grad()
     def smooth(self, embeddings: Tensor, probabilities: Tensor, temperature: float, share: float) -> Tensor:
         """`share` of probabilities (N, C), the rest from the memory, weighted by softmax(similarity / T) (arXiv:2011.11183, equation 4)."""
-        weights = (embeddings @ self.embeddings.T / temperature).softmax(dim=1)
-        return share * probabilities + (1 - share) * weights @ self.probabilities
+        weights = (similarities(embeddings, self.embeddings) / temperature).softmax(dim=1)
+        return share * probabilities + (1 - share) * similarities(weights, self.probabilities.T)

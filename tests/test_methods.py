@@ -242,6 +242,22 @@ def test_a_whole_step_runs_on_the_meta_device(stage: str, name: str, settings: d
     assert loss.device.type == "meta"
 
 
+@every_variant
+def test_a_step_in_bf16_has_a_loss_in_full_precision_near_that_of_fp32(stage: str, name: str, settings: dict[str, Any]) -> None:
+    losses = []
+    for rounded in (False, True):
+        method = build(stage, name, settings)
+        batch = batch_for(method)
+        begun(method, batch)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            losses.append(method(batch).total)
+        losses[-1].backward()
+        method.after_step(Progress(STEPS // 2 + 1, STEPS))
+    assert losses[1].dtype == torch.float32
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.05)
+
+
 @pytest.mark.parametrize(("stage", "name"), [(stage, name) for stage in ("pretrain", "finetune") for name in method_names(stage)])
 def test_settings_are_documented(stage: str, name: str) -> None:
     method = find_method(stage, name)

@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le
 from modicum.data.stream import Batch
 from modicum.errors import InputError
 from modicum.finetune.alignment import DistributionAlignment, Prior
-from modicum.finetune.losses import embedding_cross_entropy, pseudo_label_graph, soft_label
+from modicum.finetune.losses import embedding_cross_entropy, pseudo_label_graph, similarities, soft_label
 from modicum.finetune.memory import Memory
 from modicum.finetune.semi_supervised import Guesses, SemiSupervised
 from modicum.method import Decisions, Facts, Loss
@@ -67,7 +67,7 @@ class CoMatch(SemiSupervised):
         parts = {
             "labelled": F.cross_entropy(logits, labelled.labels),
             "unlabelled": soft_label(strong, guesses, used),
-            "embedding": embedding_cross_entropy(embedded[1] @ embedded[2].T, graph, self.temperature),
+            "embedding": embedding_cross_entropy(similarities(embedded[1], embedded[2]), graph, self.temperature),
         }
         return Loss(parts["labelled"] + self.lambda_u * parts["unlabelled"] + self.lambda_c * parts["embedding"], parts)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modicum.data.stream import Batch
 from modicum.finetune.alignment import DistributionAlignment, Prior
-from modicum.finetune.losses import embedding_cross_entropy, soft_label
+from modicum.finetune.losses import embedding_cross_entropy, similarities, soft_label
 from modicum.finetune.semi_supervised import Guesses, SemiSupervised, remember
 from modicum.method import Facts, Loss
 from modicum.networks import Backbone, mlp
@@ -58,7 +58,7 @@ class SimMatch(SemiSupervised):
             bank = self.bank.clone()
             weak = self.features_without_gradient(unlabelled.view(0))
             own = self.align(self.student.head(weak).float().softmax(dim=1))
-            likeness = (F.normalize(self.projector(weak).float()) @ bank.T / self.temperature).softmax(dim=1)  # (mu B, M)
+            likeness = (similarities(F.normalize(self.projector(weak).float()), bank) / self.temperature).softmax(dim=1)  # (mu B, M)
             voted = torch.zeros_like(own).index_add(1, self.classes, likeness)
             guesses = self.smoothing * own + (1 - self.smoothing) * voted
             targets = likeness * own[:, self.classes]
@@ -70,6 +70,6 @@ class SimMatch(SemiSupervised):
         parts = {
             "labelled": F.cross_entropy(logits, labelled.labels),
             "unlabelled": soft_label(strong, guesses, used),
-            "likeness": embedding_cross_entropy(embedded @ bank.T, targets, self.temperature),
+            "likeness": embedding_cross_entropy(similarities(embedded, bank), targets, self.temperature),
         }
         return Loss(parts["labelled"] + self.lambda_u * parts["unlabelled"] + self.lambda_i * parts["likeness"], parts)
