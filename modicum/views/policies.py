@@ -53,7 +53,7 @@ class Policy:
     def __call__(self, images: Tensor, draws: dict[str, Tensor]) -> Tensor:
         """uint8 `images` (B, C, S, S) on any device, draws of the same B -> normalised float32 (B, C, size, size) there.
 
-        Always float32, also under autocast. On a GPU, allowing TF32 for matrix products loosens crops and colours to about 1e-3.
+        Always float32, also under autocast. On a GPU, allowing TF32 for matrix products loosens crops, warps and colours to about 1e-3.
         """
         batch, device = len(images), images.device
         assert images.dtype == torch.uint8
