@@ -30,8 +30,8 @@ def _shipped() -> dict[str, Traversable]:
     return {entry.name.removesuffix(".yaml"): entry for entry in entries}
 
 
-class _Loader(yaml.SafeLoader):
-    """The safe loader, which refuses a key given twice instead of keeping the last."""
+class _Reader(yaml.SafeLoader):
+    """YAML's safe reader, which refuses a key given twice instead of keeping the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -39,6 +39,11 @@ class _Loader(yaml.SafeLoader):
             if key in keys[:number]:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.value[number][0].start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _read(text: str) -> Any:
+    """What `text` says in YAML, of a file or of one value. Raises yaml.YAMLError."""
+    return _Reader(text).get_single_data()
 
 
 def read_config(config: str) -> dict[str, Any]:
@@ -59,7 +64,7 @@ def read_config(config: str) -> dict[str, Any]:
     else:
         raise InputError(f"Unknown config {config!r}{did_you_mean(config, shipped_configs())} The path of a YAML file does as well.")
     try:
-        content = yaml.load(text, _Loader) or {}  # a SafeLoader; `safe_load` would keep the last of a key given twice
+        content = _read(text) or {}
     except yaml.YAMLError as error:
         raise InputError(f"{config} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
@@ -74,9 +79,10 @@ def apply_override(content: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise InputError(f"{override!r} is not of the form key=value, for example finetune.labels=100.")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"The value of {override!r} is not valid YAML; quote it if it is a text.") from None
+        value = _read(text)
+    except yaml.YAMLError as error:
+        problem = " ".join(str(getattr(error, "problem", error)).split())  # without its place: there is one line
+        raise InputError(f"The value of {override!r} is not valid YAML ({problem}); quote it if it is a text.") from None
     *parents, last = key.split(".")
     for depth, parent in enumerate(parents):
         below = content[parent] = content.get(parent) or {}

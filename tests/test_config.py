@@ -111,6 +111,8 @@ def test_spellings_of_views(text: str, views: object) -> None:
         ("evaluate.cross_validate=-1", ["evaluate.cross_validate = -1"]),
         ("seed=", ["seed", "integer"]),
         ("pretrain.epochs=[", ["pretrain.epochs=[", "not valid YAML"]),
+        ("pretrain.epochs=\x01", ["pretrain.epochs=", "not valid YAML"]),
+        ("pretrain.views={name: moco_v2, name: simclr}", ["pretrain.views=", "the key 'name' is given twice"]),
         ("finetune.labels", ["finetune.labels", "key=value"]),
         ("seed.x=3", ["seed", "cannot be set"]),
     ],
