@@ -1,10 +1,13 @@
 """The last embeddings and class probabilities of images, of all ranks, that guesses are smoothed by."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modicum import distributed
-from modicum.finetune.losses import similarities
+from modicum.hardware import in_full_precision
+
+attention = in_full_precision(F.scaled_dot_product_attention)
 
 
 class Memory(nn.Module):
@@ -33,5 +36,5 @@ class Memory(nn.Module):
     @torch.no_grad()
     def smooth(self, embeddings: Tensor, probabilities: Tensor, temperature: float, share: float) -> Tensor:
         """`share` of probabilities (N, C), the rest from the memory, weighted by softmax(similarity / T) (arXiv:2011.11183, equation 4)."""
-        weights = (similarities(embeddings, self.embeddings) / temperature).softmax(dim=1)
-        return share * probabilities + (1 - share) * similarities(weights, self.probabilities.T)
+        remembered = attention(embeddings, self.embeddings, self.probabilities, scale=1 / temperature)
+        return share * probabilities + (1 - share) * remembered
