@@ -10,20 +10,20 @@ import traceback
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
 from modicum.config import load_experiment
 from modicum.data.fingerprint import input_fingerprint
-from modicum.errors import InputError, Interrupted, Preempted
+from modicum.errors import InputError, Interrupted, ProcessLost
 from modicum.explain import commented
 from modicum.record import say, warn
 from modicum.run_folder import RunFolder
 from modicum.session import Request, make_request, prepare, run_stages, show_results
 from modicum.session import dry_run as plan
 from modicum.settings import Experiment
+from modicum.signals import preempt
 
 app = typer.Typer(
     help="Unlabelled images and a modicum of labels in; an accurate classifier, a reusable backbone and an honest report out.",
@@ -74,7 +74,7 @@ def _with_exit_status(command: Callable[..., None]) -> Callable[..., None]:
 
 def _ending(error: BaseException) -> tuple[int | None, str]:
     """Exit status and sentence of an expected end; no status for a bug."""
-    if isinstance(error, InputError | Interrupted):
+    if isinstance(error, InputError | Interrupted | ProcessLost):
         return error.exit_status, str(error) or "Stopped; the same command goes on from the last saved state."
     if isinstance(error, KeyboardInterrupt):
         return Interrupted.exit_status, "Interrupted; the same command goes on from the last saved state."
@@ -213,11 +213,12 @@ def sweep(
     ] = None,
     init: Init = None,
     skip_finetune: Annotated[bool, typer.Option("--skip-finetune", help="compare backbones: pretrain and evaluate alone")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, metavar="N", help="runs at a time, which share the cores")] = 1,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
     """The same chain over seeds, methods, label counts: mean and spread in one table. Goes on from where it was."""
-    options: dict[str, Any] = {"run": run, "init": init, "force": force, "skip_finetune": skip_finetune}
+    options: dict[str, Any] = {"run": run, "init": init, "force": force, "skip_finetune": skip_finetune, "jobs": jobs}
     _pipeline("sweep").sweep(config, overrides or (), seeds=seeds, over=over or (), **options)
 
 
@@ -250,13 +251,9 @@ def _pipeline(name: str) -> Any:
     return importlib.import_module(f"modicum.pipelines.{name}")
 
 
-def _preempted(number: int, frame: FrameType | None) -> None:
-    raise Preempted("Preempted by SIGTERM; the same command goes on from the last saved state.")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits by its status."""
-    earlier = signal.signal(signal.SIGTERM, _preempted)  # outside the training loop, which saves first
+    earlier = signal.signal(signal.SIGTERM, preempt)
     try:
         app(args=arguments, prog_name="modicum")
     finally:

@@ -13,6 +13,12 @@ class Interrupted(Exception):
     exit_status = 130
 
 
+class ProcessLost(RuntimeError):
+    """The system took a process of a run away. The same command goes on from the last saved state."""
+
+    exit_status = 1
+
+
 class Preempted(Interrupted):
     """SIGTERM, as a scheduler sends it: the state is saved and the same command goes on from there."""
 

@@ -9,6 +9,11 @@ from typing import Any, Self
 from modicum.errors import Interrupted, Preempted
 
 
+def preempt(number: int, frame: FrameType | None) -> None:
+    """Handles SIGTERM outside the training loop, which saves first."""
+    raise Preempted("Preempted by SIGTERM; the same command goes on from the last saved state.")
+
+
 class StopSignal:
     """While the block runs, a signal only sets `requested`: the loop polls it after each step, saves and raises it.
 

@@ -1,35 +1,30 @@
 """The same chain over seeds and settings: every run in its own folder, mean and spread in one table.
 
-A seed moves the initialisation, the order and the label draw, never the test set. All runs share this process, which saves
-the imports of each; runs that agree in stage one (same seed, same settings) share its backbone, which saves most of the time.
+A seed moves the initialisation, the order and the label draw, never the test set. Runs that agree in stage one (same seed, same
+settings) share its backbone, which saves most of the time; all runs of one process share its imports.
 """
 
-import csv
 import gc
-import io
 import itertools
 import json
 import os
-import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from rich.table import Table
-from rich.text import Text
 
 from modicum.config import load_experiment
 from modicum.errors import InputError
-from modicum.evaluate.table import BEST_K
 from modicum.files import write_atomically
-from modicum.record import say, standard_output
+from modicum.pipelines.processes import as_they_end
+from modicum.pipelines.summary import Row, csv_text, headline, markdown, summaries, table
+from modicum.record import progress, say, standard_output
+from modicum.run_folder import RunFolder
 from modicum.session import Request, make_request, run_stages
 
 MOVED = ("seed", "finetune.label_seed")  # by the sweep itself
 FIXED = ("data.split_seed", "data.test_fraction")  # another test set is another question
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -42,19 +37,6 @@ class Member:
     folder: Path
 
 
-@dataclass(frozen=True)
-class Summary:
-    """One protocol of one variant over the seeds; accuracies are fractions, `spread` the sample standard deviation (None for one run)."""
-
-    variant: str
-    protocol: str
-    features: str
-    labels: int
-    mean: float
-    spread: float | None
-    count: int
-
-
 def sweep(
     config: str,
     overrides: Sequence[str] = (),
@@ -65,40 +47,57 @@ def sweep(
     init: str | None = None,
     force: bool = False,
     skip_finetune: bool = False,
+    jobs: int = 1,
 ) -> None:
     """Runs what is not done, writes sweep.csv and sweep.md and prints the table. Raises InputError naming the run that failed.
 
-    With `skip_finetune` the question is the backbones alone: stages one and three.
+    With `skip_finetune` the question is the backbones alone: stages one and three. `jobs` runs at a time share the cores.
     """
     if "RANK" in os.environ:
-        raise InputError("A sweep runs in one process: under torchrun start its runs one by one, by `modicum run`.")
+        raise InputError("A sweep starts no ranks: under torchrun start its runs one by one, by `modicum run`.")
     root = run or Path("runs") / f"{Path(config).name.removesuffix('.yaml').removesuffix('.yml')}-sweep"
     members = list(_members(root, overrides, seeds, over))
     for member in members:  # all mistakes before the first hour of work
         load_experiment(config, member.overrides)
-    backbones: dict[str, Path] = {}
-    rows: list[Row] = []
-    for number, member in enumerate(members, start=1):
-        began = time.monotonic()
-        try:
-            request = _request(config, member, root, init, backbones)
-            stages = [stage for stage in request.stages if stage != "finetune" or not skip_finetune]
-            worked = run_stages(request, stages, force=force, quiet=True)
-        except InputError as error:
-            raise InputError(f"{member.folder}: {error}") from error
-        if "pretrain" in request.stages:
-            backbones.setdefault(request.fingerprint("pretrain"), request.folder.stage("pretrain") / "backbone")
-        results = json.loads((request.folder.stage("evaluate") / "results.json").read_text(encoding="utf-8"))
-        rows += [{"variant": member.variant, "seed": member.seed, "run": str(member.folder)} | row for row in results["rows"]]
-        write_atomically(root / "sweep.csv", _csv(rows))
-        took = f"{time.monotonic() - began:.0f} s" if worked else "done already"
-        say(f"[{number}/{len(members)}] {member.folder}: {_headline(results)}, {took}")
-        gc.collect()  # networks and images of the run, before the next one loads its own
-    found = summaries(rows)
+    backbones = _backbones(config, members, root, init)
+    rows: dict[Member, list[Row]] = {}
+    # one bar for all, unless each run draws its own
+    with progress("sweep", len(members), "runs") if jobs > 1 else nullcontext(lambda: None) as advance:
+        for wave in _waves(members, backbones):
+            requests = {member: _request(config, member, root, init, backbones) for member in wave}
+            calls = {member: (request, _stages(request, skip_finetune), force) for member, request in requests.items()}
+            for member, seconds in as_they_end(_work, calls, jobs):
+                results = json.loads((requests[member].folder.stage("evaluate") / "results.json").read_text(encoding="utf-8"))
+                about = {"variant": member.variant, "seed": member.seed, "run": str(member.folder)}
+                rows[member] = [about | row for row in results["rows"]]
+                write_atomically(root / "sweep.csv", csv_text(_in_order(rows, members)))
+                took = "done already" if seconds is None else f"{seconds:.0f} s"
+                say(f"[{len(rows)}/{len(members)}] {member.folder}: {headline(results)}, {took}")
+                advance()
+    found = summaries(_in_order(rows, members))
     write_atomically(root / "sweep.md", markdown(found))
     output = standard_output()
-    output.print(_table(f"{config}, {seeds} seeds: accuracy in per cent, mean ± sample standard deviation", found))
+    output.print(table(f"{config}, {seeds} seeds: accuracy in per cent, mean ± sample standard deviation", found))
     output.print(f"Table: {root / 'sweep.md'}   every row of every run: {root / 'sweep.csv'}", markup=False)
+
+
+def _work(request: Request, stages: Sequence[str], force: bool) -> float | None:
+    """Seconds that the run took; None where all of it was done. Here or in a process of its own."""
+    began = time.monotonic()
+    try:
+        worked = run_stages(request, stages, force=force, quiet=True)
+    except InputError as error:
+        raise InputError(f"{request.folder}: {error}") from error
+    gc.collect()  # networks and images of this run, before the next one loads its own
+    return time.monotonic() - began if worked else None
+
+
+def _stages(request: Request, skip_finetune: bool) -> list[str]:
+    return [stage for stage in request.stages if stage != "finetune" or not skip_finetune]
+
+
+def _in_order(rows: dict[Member, list[Row]], members: Iterable[Member]) -> list[Row]:
+    return [row for member in members for row in rows.get(member, ())]
 
 
 def _members(root: Path, overrides: Sequence[str], seeds: int, over: Sequence[str]) -> Iterator[Member]:
@@ -135,8 +134,25 @@ def _choices(text: str) -> list[str]:
     return [f"{key}={part}" for part in parts]
 
 
-def _request(config: str, member: Member, root: Path, init: str | None, backbones: dict[str, Path]) -> Request:
-    """The run's request; it starts from the backbone of an earlier run with the same stage one, where there is one.
+def _backbones(config: str, members: Iterable[Member], root: Path, init: str | None) -> dict[str, Member]:
+    """Which run makes the backbone of each stage one that the sweep needs: fingerprint -> the first that has it."""
+    makers: dict[str, Member] = {}
+    for member in members:
+        request = _request(config, member, root, init, {})
+        if "pretrain" in request.stages:
+            makers.setdefault(request.fingerprint("pretrain"), member)
+    return makers
+
+
+def _waves(members: Sequence[Member], backbones: dict[str, Member]) -> Iterator[list[Member]]:
+    """Those who make backbones, then those who start from them."""
+    makers = set(backbones.values())
+    yield [member for member in members if member in makers]
+    yield [member for member in members if member not in makers]
+
+
+def _request(config: str, member: Member, root: Path, init: str | None, backbones: dict[str, Member]) -> Request:
+    """The run's request; it starts from the backbone of another run with the same stage one, where there is one.
 
     A folder that was begun keeps its own start, so that a sweep may be widened later.
     """
@@ -144,77 +160,13 @@ def _request(config: str, member: Member, root: Path, init: str | None, backbone
     if init is not None or "pretrain" not in request.stages:
         return request
     recorded = request.folder.recorded()
-    start = Path(recorded["finetune"]["init"]) if recorded else backbones.get(request.fingerprint("pretrain"))
-    if start is None or not start.absolute().is_relative_to(root.absolute()):
+    maker = backbones.get(request.fingerprint("pretrain"), member)
+    if recorded:
+        start = Path(recorded["finetune"]["init"])
+    elif maker != member:
+        start = RunFolder(maker.folder).stage("pretrain") / "backbone"
+    else:
+        return request
+    if not start.absolute().is_relative_to(root.absolute()):
         return request
     return make_request(config, member.overrides, run=member.folder, init=str(start))
-
-
-def _headline(results: Row) -> str:
-    headline = results["headline"]
-    if headline["accuracy"] is not None:
-        return f"{100 * headline['accuracy']:.1f} % with {headline['labels']:,} labels"
-    nearest = [row for row in results["rows"] if _is_best_knn(row) and row["features"] == "pretrained"]
-    return f"{100 * nearest[-1]['top1']:.1f} % by kNN with {nearest[-1]['labels']:,} labels" if nearest else "no test images"
-
-
-def _is_best_knn(row: Row) -> bool:
-    return row["protocol"] == "knn" and row["k"] == BEST_K
-
-
-def _csv(rows: list[Row]) -> str:
-    fields = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fields)
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def summaries(rows: Iterable[Row]) -> list[Summary]:
-    """Mean and spread over the seeds: the classifier, its supervised baselines, probes and kNN at one k; in the order of the rows."""
-    groups: dict[tuple[str, str, str, int], list[float]] = {}
-    for row in rows:
-        if row["protocol"] != "knn" or _is_best_knn(row):
-            detail = {"knn": f", k {BEST_K}", "finetuned_weights": f": {row.get('weights')}"}.get(row["protocol"], "")
-            protocol = row["protocol"] + detail
-            groups.setdefault((row["variant"], protocol, row["features"], row["labels"]), []).append(row["top1"])
-    found = [
-        Summary(*key, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
-        for key, values in groups.items()
-    ]
-    order = ["finetuned", "supervised"]
-    variants = list(dict.fromkeys(summary.variant for summary in found))
-    return sorted(found, key=lambda s: (variants.index(s.variant), order.index(s.protocol) if s.protocol in order else len(order)))
-
-
-def _cells(summary: Summary) -> tuple[str, ...]:
-    spread = f" ± {100 * summary.spread:.1f}" if summary.spread is not None else ""
-    return (
-        summary.variant,
-        summary.protocol,
-        summary.features,
-        f"{summary.labels:,}",
-        f"{100 * summary.mean:.1f}{spread}",
-        str(summary.count),
-    )
-
-
-HEADS = ("variant", "protocol", "features", "labels", "accuracy", "runs")
-
-
-def markdown(found: Iterable[Summary]) -> str:
-    lines = [HEADS, ("---", "---", "---", "---:", "---:", "---:"), *map(_cells, found)]
-    return (
-        "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-        + "\n\nAccuracy in per cent: mean ± sample standard deviation over the runs.\n"
-    )
-
-
-def _table(title: str, found: Iterable[Summary]) -> Table:
-    table = Table(title=Text(title), title_justify="left")
-    for head in HEADS:
-        table.add_column(head, justify="right" if head in {"labels", "accuracy", "runs"} else "left")
-    for summary in found:
-        table.add_row(*map(Text, _cells(summary)), style="bold green" if summary.protocol == "finetuned" else "")
-    return table

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 SMALL = [
     "pretrain.epochs=1", "pretrain.warmup_epochs=1", "pretrain.batch_size=64", "pretrain.optimizer={name: adamw, lr: 0.001}",
@@ -143,6 +144,18 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bits(finished: Path, tmp_path
     ):
         assert (run / name).read_bytes() == (reference / name).read_bytes(), name
     assert (run / "evaluate" / "predictions.csv").read_text() == (reference / "evaluate" / "predictions.csv").read_text()
+
+
+def test_runs_of_a_sweep_in_several_processes_have_the_bits_of_single_ones(finished: Path, tmp_path: Path) -> None:
+    options = "--seeds", "1", "--jobs", "2", "--over", "finetune.labels=40,50,60", "finetune.baselines=[]"
+    done = modicum("sweep", "digits", *options, *SMALL, cwd=tmp_path)
+    assert [line[:5] for line in done.stderr.splitlines() if line.startswith("[")] == ["[1/3]", "[2/3]", "[3/3]"]
+    name = "finetune/classifier/model.safetensors"
+    run = tmp_path / "runs/digits-sweep/finetune.labels=40/seed-0"
+    assert (run / name).read_bytes() == (finished / "runs" / "digits" / name).read_bytes()
+    for labels in (50, 60):
+        settings = yaml.safe_load((tmp_path / f"runs/digits-sweep/finetune.labels={labels}/seed-0/experiment.yaml").read_text())
+        assert settings["finetune"]["init"] == str(run / "pretrain" / "backbone")
 
 
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path) -> None:

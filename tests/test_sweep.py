@@ -1,6 +1,7 @@
 """A sweep: seeds and settings, each in its own folder, resumed, and one table of mean and spread."""
 
 import csv
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from modicum.errors import InputError
-from modicum.pipelines.sweep import summaries
+from modicum.pipelines.summary import EVERY, summaries
 
 Command = Callable[..., int]
 Names = Callable[[str], list[str]]
@@ -33,10 +34,11 @@ def test_seeds_move_the_seed_and_the_labels_and_never_the_test_set(house: Any, m
     captured = capfd.readouterr()
     assert "80.0 ± 10.0" in captured.out  # 0.9, 0.8, 0.7
     assert "70.0 ± 10.0" in captured.out  # supervised
-    lines = [line for line in captured.err.splitlines() if line]
-    assert lines == [
-        f"[{seed + 1}/3] runs/digits-sweep/seed-{seed}: {90 - 10 * seed}.0 % with 40 labels, 0 s" for seed in range(3)
+    lines = [line.rpartition(", ") for line in captured.err.splitlines() if line]
+    assert [words for words, _, _ in lines] == [
+        f"[{seed + 1}/3] runs/digits-sweep/seed-{seed}: {90 - 10 * seed}.0 % with 40 labels" for seed in range(3)
     ]  # one line a run, nothing else
+    assert all(re.fullmatch(r"\d+ s", took) for _, _, took in lines)
     assert len(rows_of("runs/digits-sweep")) == 9  # every row of every run
     assert "| finetuned | finetuned | 40 | 80.0 ± 10.0 | 3 |" in Path("runs/digits-sweep/sweep.md").read_text()
     assert "Stage one, pretrain: begins" in Path("runs/digits-sweep/seed-0/pretrain/console.log").read_text()
@@ -152,3 +154,20 @@ def test_mean_and_spread() -> None:
     assert [(summary.protocol, summary.count) for summary in found] == [("knn, k 20", 4)]
     (single,) = summaries(rows[:1])
     assert (single.mean, single.spread, single.count) == (0.91, None, 1)
+
+
+def test_what_all_variants_have_in_common_is_told_once() -> None:
+    common = {"features": "pixels", "labels": 40}
+    rows = [
+        {"variant": variant, "seed": seed, "protocol": protocol, "top1": top1, **common}
+        for variant, offset in (("a", 0.0), ("b", 0.1))
+        for seed in range(2)
+        for protocol, top1 in (("linear", 0.5 + 0.1 * seed), ("finetuned", 0.7 + offset))
+    ]
+    assert [(summary.variant, summary.protocol, summary.count) for summary in summaries(rows)] == [
+        ("a", "finetuned", 2),
+        ("b", "finetuned", 2),
+        (EVERY, "linear", 2),
+    ]
+    only_one = [row for row in rows if row["variant"] == "a"]
+    assert {summary.variant for summary in summaries(only_one)} == {"a"}

@@ -1,0 +1,108 @@
+"""What a sweep found: mean and spread over the seeds, as a table for people and the rows behind it for programs."""
+
+import csv
+import io
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from modicum.evaluate.table import BEST_K
+
+Row = dict[str, Any]
+HEADS = ("variant", "protocol", "features", "labels", "accuracy", "runs")
+EVERY = "every variant"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One protocol of one variant over the seeds; accuracies are fractions, `spread` the sample standard deviation (None for one run)."""
+
+    variant: str
+    protocol: str
+    features: str
+    labels: int
+    mean: float
+    spread: float | None
+    count: int
+
+
+def headline(results: Row) -> str:
+    found = results["headline"]
+    if found["accuracy"] is not None:
+        return f"{100 * found['accuracy']:.1f} % with {found['labels']:,} labels"
+    nearest = [row for row in results["rows"] if _is_best_knn(row) and row["features"] == "pretrained"]
+    return f"{100 * nearest[-1]['top1']:.1f} % by kNN with {nearest[-1]['labels']:,} labels" if nearest else "no test images"
+
+
+def _is_best_knn(row: Row) -> bool:
+    return row["protocol"] == "knn" and row["k"] == BEST_K
+
+
+def csv_text(rows: list[Row]) -> str:
+    fields = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def summaries(rows: Iterable[Row]) -> list[Summary]:
+    """Mean and spread over the seeds: the classifier, its supervised baselines, probes and kNN at one k; variant by variant, then what
+    all of them have."""
+    groups: dict[tuple[str, str, str, int], list[float]] = {}
+    for row in rows:
+        if row["protocol"] != "knn" or _is_best_knn(row):
+            detail = {"knn": f", k {BEST_K}", "finetuned_weights": f": {row.get('weights')}"}.get(row["protocol"], "")
+            protocol = row["protocol"] + detail
+            groups.setdefault((row["variant"], protocol, row["features"], row["labels"]), []).append(row["top1"])
+    found = [
+        Summary(*key, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+        for key, values in groups.items()
+    ]
+    variants = list(dict.fromkeys(summary.variant for summary in found))
+    places = {variant: place for place, variant in enumerate([*variants, EVERY])}
+    order = {"finetuned": 0, "supervised": 1}
+    return sorted(_once(found, len(variants)), key=lambda s: (places[s.variant], order.get(s.protocol, len(order))))
+
+
+def _once(found: Iterable[Summary], variants: int) -> list[Summary]:
+    """What is the same in every variant, as pixels are and a backbone that all share, becomes one row."""
+    groups: dict[Summary, list[Summary]] = {}
+    for summary in found:
+        groups.setdefault(replace(summary, variant=EVERY), []).append(summary)
+    shared = {same for same, group in groups.items() if len(group) == variants > 1}
+    return [row for same, group in groups.items() for row in ([same] if same in shared else group)]
+
+
+def _cells(summary: Summary) -> tuple[str, ...]:
+    spread = f" ± {100 * summary.spread:.1f}" if summary.spread is not None else ""
+    return (
+        summary.variant,
+        summary.protocol,
+        summary.features,
+        f"{summary.labels:,}",
+        f"{100 * summary.mean:.1f}{spread}",
+        str(summary.count),
+    )
+
+
+def markdown(found: Iterable[Summary]) -> str:
+    lines = [HEADS, ("---", "---", "---", "---:", "---:", "---:"), *map(_cells, found)]
+    return (
+        "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        + "\n\nAccuracy in per cent: mean ± sample standard deviation over the runs.\n"
+    )
+
+
+def table(title: str, found: Iterable[Summary]) -> Table:
+    drawn = Table(title=Text(title), title_justify="left")
+    for head in HEADS:
+        drawn.add_column(head, justify="right" if head in {"labels", "accuracy", "runs"} else "left")
+    for summary in found:
+        drawn.add_row(*map(Text, _cells(summary)), style="bold green" if summary.protocol == "finetuned" else "")
+    return drawn
