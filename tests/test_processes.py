@@ -88,6 +88,7 @@ def test_processes_end_with_the_one_that_started_them(number: signal.Signals, tm
         "import sys, signal; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import test_processes as t\n"
         "if __name__ == '__main__':\n"
         "    signal.signal(signal.SIGTERM, t.preempt)\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a script's background ignores
         "    here = Path(sys.argv[2])\n"
         "    list(t.as_they_end(t.sleep, {n: (here / f'begun {n}', here / f'saved {n}') for n in range(2)}, jobs=2))\n"
     )
