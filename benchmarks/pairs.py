@@ -83,7 +83,7 @@ def train_in_turn(training: Training, steps: int, others: Mapping[str, Work], ro
     seconds: Seconds = {"ours": [], **{name: [] for name in others}}
     began = clock()
 
-    def read() -> dict[str, float]:
+    def read(_: int) -> dict[str, float]:
         nonlocal began
         seconds["ours"].append(clock() - began)
         for name, work in others.items():

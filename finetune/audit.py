@@ -81,26 +81,25 @@ class Audit:
     def monitors(self, log_every: int, epoch: int) -> list[Monitor]:
         """`epoch`: as many steps as show about every unlabelled image once."""
         return [
-            Monitor(log_every, lambda: self.read("interval", log_every)),
-            Monitor(epoch, lambda: self.read("epoch", epoch)),
+            Monitor(log_every, lambda done: self.read("interval", log_every, done)),
+            Monitor(epoch, lambda done: self.read("epoch", epoch, done)),
         ]
 
     def agreement(self, every: int, outputs: Callable[[nn.Module], Tensor]) -> Monitor:
         """The share of the images behind `outputs`, which gives a network's logits (N, C), that student and average name alike."""
 
-        def read() -> Figures:
+        def read(done: int) -> Figures:
             if self.method.guesses is not None:
                 student, average = (outputs(self.method.classifier(kind)).argmax(dim=1) for kind in ("student", self.method.average_kind))
-                self.write({"agreement": float((student == average).float().mean())})
+                self.write(done, {"agreement": float((student == average).float().mean())})
             return {}
 
         return Monitor(every, read)
 
-    def read(self, scope: str, every: int) -> Figures:
-        """Writes the figures of the stretch of `every` steps that ends now. Nothing goes into metrics.csv."""
+    def read(self, scope: str, every: int, done: int) -> Figures:
+        """Writes the figures of the stretch of `every` steps that ends after `done`. Nothing goes into metrics.csv."""
         if self.method.guesses is None:
             return {}
-        done = self.method.progress.step + 1
         began = (done - 1) // every * every
         found = self.ledger.since(began)
         truth = self.truth[found["rows"]]
@@ -111,11 +110,10 @@ class Audit:
                 figures["flips"] = float((found["guess"] != found["earlier"])[again].mean())
             self.ledger.earlier.copy_(self.ledger.guess)
             self.warn(found, bool((truth != UNKNOWN).any()), began, done)
-        self.write({f"{scope}/{name}": value for name, value in figures.items()})
+        self.write(done, {f"{scope}/{name}": value for name, value in figures.items()})
         return {}
 
-    def write(self, figures: Figures) -> None:
-        done = self.method.progress.step + 1
+    def write(self, done: int, figures: Figures) -> None:
         if self.metrics is None:
             self.metrics = Metrics(self.folder / "audit.csv", resume_step=done - 1)
         self.metrics.write(done, figures)

@@ -245,7 +245,7 @@ def start_head(session: Session, variant: Variant, method: SemiSupervised, monit
     how = method.how if isinstance(method, Propagate) else Propagation()
     figures = set_head(session, method, variant.labelled, how)
     for monitor in monitors:
-        figures |= monitor.read()
+        figures |= monitor.read(0)
     Metrics(variant.folder / "metrics.csv", resume_step=-1).write(0, figures)
 
 
@@ -262,7 +262,7 @@ def validation_monitors(session: Session, method: SemiSupervised) -> list[Monito
         return []
     truth = torch.tensor(session.images.labels)[rows]
 
-    def read() -> dict[str, float]:
+    def read(done: int) -> dict[str, float]:
         confidence, guesses = outputs(session, method.classifier(settings.export), rows).softmax(dim=1).max(dim=1)
         right = (guesses == truth).numpy()
         return {"validation_accuracy": float(right.mean()), "validation_calibration_error": calibration_error(confidence.numpy(), right)}

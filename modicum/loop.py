@@ -29,10 +29,10 @@ SAVE_SECONDS = 30.0
 
 @dataclass
 class Monitor:
-    """Something read now and then between steps: `read()` gives named figures. It must leave the run's course untouched."""
+    """Something read now and then between steps: named figures, after so many steps. It must leave the run's course untouched."""
 
     every: int  # steps
-    read: Callable[[], dict[str, float]]
+    read: Callable[[int], dict[str, float]]
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Training:
                 for monitor in self.monitors:
                     if done % monitor.every == 0 or last:
                         with hardware.uncompiled():
-                            metrics.write(done, monitor.read())
+                            metrics.write(done, monitor.read(done))
                 advance(self.batch_size)
                 stopping = distributed.anywhere(stop.requested is not None)
                 if is_rank_zero() and (stopping or last or time.monotonic() - saved_at > SAVE_SECONDS):

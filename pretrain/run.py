@@ -68,7 +68,7 @@ def monitors(session: Session, method: Method, backbone: Backbone, policies: lis
     embeddings = EmbeddingMonitor(images, policies, method.student, collapse, folder, hardware, experiment.seed)
     every = max(1, math.ceil(float(settings.monitor_epochs) * num_images / settings.batch_size))
     return [
-        *([Monitor(every, lambda: knn.read(backbone))] if knn.possible else []),
-        Monitor(every, lambda: embeddings.read(method.progress.step + 1)),
-        Monitor(settings.log_every, lambda: queue_ages(method)),
+        *([Monitor(every, lambda _: knn.read(backbone))] if knn.possible else []),
+        Monitor(every, embeddings.read),
+        Monitor(settings.log_every, lambda _: queue_ages(method)),
     ]

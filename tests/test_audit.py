@@ -41,7 +41,7 @@ def step(audit: Audit, method: Any, number: int, rows: list[int], classes: list[
     audit.observe()
     for monitor in audit.monitors(2, 4):
         if (number + 1) % monitor.every == 0:
-            monitor.read()
+            monitor.read(number + 1)
 
 
 def read(folder: Path) -> dict[tuple[int, str], float]:
@@ -98,10 +98,10 @@ def test_agreement_is_the_share_that_student_and_average_name_alike(tmp_path: Pa
     said = {"student": torch.eye(3), "eman": torch.eye(3)[[0, 2, 2]]}
     method.average_kind, method.classifier = "eman", lambda kind: kind
     monitor = audit.agreement(2, lambda kind: said[kind])  # type: ignore[index]
-    assert monitor.read() == {}
+    assert monitor.read(2) == {}
     assert not (tmp_path / "audit.csv").exists()  # a method that guesses nothing has none
     step(audit, method, 1, [3, 4, 5], [0, 1, 0])
-    monitor.read()
+    monitor.read(2)
     assert read(tmp_path)[2, "agreement"] == pytest.approx(2 / 3)
 
 

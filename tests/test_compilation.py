@@ -65,7 +65,7 @@ def training(folder: Path, hardware: Hardware, stop_at: int = -1) -> Training:
         hardware,
         seed=0,
         log_every=1,
-        monitors=[Monitor(2, lambda: look(method.student))],
+        monitors=[Monitor(2, lambda _: look(method.student))],
     )
 
 
