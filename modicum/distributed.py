@@ -1,6 +1,7 @@
 """Ranks of one run under torchrun: identities on one process."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,6 +42,12 @@ def share(size: int) -> slice:
     mine, rest = divmod(size, world_size())
     assert not rest, f"{size} images cannot be dealt evenly to {world_size()} ranks"
     return slice(rank() * mine, (rank() + 1) * mine)
+
+
+def drawn_for_all(size: int, draw: Callable[[int], Tensor]) -> Tensor:
+    """What `draw` gives this rank's `size` images, as a part of what it gives the images of all: their number moves nothing."""
+    everyone = size * world_size()
+    return draw(everyone)[share(everyone)]
 
 
 def barrier() -> None:

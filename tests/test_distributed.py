@@ -21,12 +21,12 @@ from modicum import distributed
 from modicum.data.images import Images
 from modicum.data.sources import load_images
 from modicum.data.stream import Stream
-from modicum.method import Facts, Progress, find_method
+from modicum.method import Facts, Method, Progress, find_method, method_names, settings_model
 from modicum.record import Metrics
 from modicum.settings import DataSettings, TeacherSettings
 from modicum.views.policies import build_policy
 
-RANKS, BATCH = 2, 16
+RANKS, BATCH, LABELLED = 2, 16, 40
 SHORT = "pretrain.batch_size=64", "pretrain.epochs=0.5", "pretrain.warmup_epochs=0", "pretrain.log_every=1"
 SMALL = {"hidden_size": 24, "embedding_size": 12}
 VIEW = {"image_size": 16, "channels": 1, "mirror": False, "mean": [0.5], "std": [0.25]}
@@ -66,18 +66,38 @@ class Normed(nn.Module):
         return self.layers(images).relu().mean(dim=(2, 3))
 
 
+def streams_of(method: Method, images: Images) -> dict[str, Stream]:
+    rows = images.rows("train")
+    rows_of = {"labelled": rows[:LABELLED], "unlabelled": rows}
+    return {
+        name: Stream.of(
+            images,
+            rows_of[name],
+            [build_policy({"name": policy}, **VIEW) for policy in policies],
+            BATCH,
+            torch.device("cpu"),
+            0,
+            name,
+            labelled=name == "labelled",
+        )
+        for name, policies in method.views.items()
+    }
+
+
 def two_steps(images: Images, backbone: type[nn.Module], name: str, norm: str, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The losses of two steps, and what they leave: gradients of the second, queue, teacher and running statistics."""
-    policies = [build_policy({"name": policy}, **VIEW) for policy in find_method("pretrain", name).views["unlabelled"]]
-    stream = Stream.of(images, images.rows("train"), policies, BATCH, torch.device("cpu"), 0, "test")
-    facts = Facts(1347, 10, 16, 100, BATCH, norm)
-    method = find_method("pretrain", name).from_settings(backbone(), facts, 0, settings)  # type: ignore[arg-type]
+    """The losses of two steps, and what they leave: gradients of the second, queue, teacher, memories and running statistics."""
+    stage = "pretrain" if name in method_names("pretrain") else "finetune"
+    averages = {"ema_momentum": 0.9, "num_labelled": LABELLED, "num_unlabelled": 1347, "class_shares": (0.1,) * 10}
+    facts = Facts(1347, 10, 16, 100, BATCH, norm, **averages)
+    method = find_method(stage, name).from_settings(backbone(), facts, 0, settings)  # type: ignore[arg-type]
+    streams = streams_of(method, images)
+    method.prepare({name: stream.sample(0) for name, stream in streams.items()})
     trained = nn.parallel.DistributedDataParallel(method) if distributed.world_size() > 1 else method
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
     losses = []
     for step in range(2):
-        method.progress = Progress(step, 100)
-        loss = trained({"unlabelled": stream.sample(step)}).total
+        method.progress = Progress(50 + step, 100)  # where no ramp is at zero
+        loss = trained({name: stream.sample(step) for name, stream in streams.items()}).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -131,6 +151,18 @@ CASES: dict[str, tuple[type[nn.Module], str, str, dict[str, Any]]] = {
     "dino-sync_bn": (Normed, "dino", "bn", {**SMALL, "num_prototypes": 16, "head_norm": True, **teacher("sync_bn")}),
     "simclr-bn": (Normed, "simclr", "bn", {"temperature": 0.1}),
 }
+# Those that blend the images of a batch find their partners on their own rank; distill and noisy_student learn from another run.
+APART = {"mixmatch", "remixmatch", "pseudo_label_mixup", "distill", "noisy_student"}
+DECIDED = {"momentum": 0.9, "radius": 4.0, "threshold": 0.12, "memory_size": 40, "xi": 1.0}
+STAGE_TWO = [name for name in method_names("finetune") if find_method("finetune", name).views and name not in APART]
+
+
+def chosen(name: str) -> dict[str, Any]:
+    fields = settings_model(find_method("finetune", name)).model_fields
+    return {key: value for key, value in (DECIDED | teacher("eman")).items() if key in fields}
+
+
+CASES |= {f"{name}-sync_bn": (Normed, name, "sync_bn", chosen(name)) for name in STAGE_TWO}
 
 
 def worker(rank: int, folder: str, images: Images) -> None:

@@ -51,8 +51,9 @@ class AdaMatch(WeakToStrong):
         joint = torch.cat([weak, strong_labelled])
         with untouched_statistics(self.student):
             alone = self.student(torch.cat([labelled.view(0), labelled.view(1)])).float()
-        draws = torch.rand(joint.shape, generator=generator(self.seed, "adamatch", self.progress.step, distributed.rank()))
-        return torch.lerp(alone, joint, draws.to(joint.device)), strong, self.targets(unlabelled, view=0)
+        draws = generator(self.seed, "adamatch", self.progress.step)
+        between = distributed.drawn_for_all(len(weak), lambda size: torch.rand(size, 2, weak.shape[1], generator=draws))
+        return torch.lerp(alone, joint, torch.cat(between.unbind(1)).to(joint.device)), strong, self.targets(unlabelled, view=0)
 
     def judge(self, targets: Tensor, unlabelled: Sample, logits: Tensor) -> tuple[Tensor, Tensor]:
         known = logits.chunk(2)[0].softmax(dim=1)  # of the weak views

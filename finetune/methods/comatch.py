@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Gt, Le
 
+from modicum import distributed
 from modicum.data.stream import Batch
 from modicum.errors import InputError
 from modicum.finetune.alignment import DistributionAlignment, Prior
@@ -60,14 +61,16 @@ class CoMatch(SemiSupervised):
             embedding = F.normalize(self.projector(weak).float())
             guesses = self.memory.smooth(embedding, own, self.temperature, self.smoothing)
             truth = F.one_hot(labelled.labels, own.shape[1]).to(own.dtype)
-            self.memory.enqueue(torch.cat([embedding, embedded[0].detach()]), torch.cat([own, truth]))
+            self.memory.enqueue(embedding, own)
+            self.memory.enqueue(embedded[0], truth)
             used = (guesses.amax(dim=1) >= self.threshold).float()
-            graph = pseudo_label_graph(guesses, self.graph_threshold)
+            graph = pseudo_label_graph(distributed.gather(guesses), self.graph_threshold)
         self.guesses = Guesses(unlabelled.rows, guesses, used)
+        likeness = similarities(distributed.gather(embedded[1]), distributed.gather(embedded[2]))
         parts = {
             "labelled": F.cross_entropy(logits, labelled.labels),
             "unlabelled": soft_label(strong, guesses, used),
-            "embedding": embedding_cross_entropy(similarities(embedded[1], embedded[2]), graph, self.temperature),
+            "embedding": embedding_cross_entropy(likeness, graph, self.temperature),
         }
         return Loss(parts["labelled"] + self.lambda_u * parts["unlabelled"] + self.lambda_c * parts["embedding"], parts)
 

@@ -6,6 +6,7 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
 
+from modicum import distributed
 from modicum.data.stream import Sample
 from modicum.finetune.alignment import RunningMean
 from modicum.finetune.losses import fairness
@@ -45,7 +46,8 @@ class FreeMatch(WeakToStrong):
         return targets, (confidence >= thresholds[guess]).float()
 
     def teach(self, strong: Tensor, guesses: Guesses) -> dict[str, Tensor]:
-        return super().teach(strong, guesses) | {"fairness": fairness(strong, guesses.used, self.classes.mean, self.histogram.mean)}
+        everyone = distributed.gather(strong), distributed.gather(guesses.used)
+        return super().teach(strong, guesses) | {"fairness": fairness(*everyone, self.classes.mean, self.histogram.mean)}
 
     def weights(self) -> dict[str, float]:
         return {"unlabelled": self.lambda_u, "fairness": self.lambda_f}

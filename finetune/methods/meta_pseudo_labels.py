@@ -86,10 +86,9 @@ class MetaPseudoLabels(SemiSupervised):
 
     def draw(self, probabilities: Tensor) -> Tensor:
         """A class (N,) for each image, drawn from its probabilities (N, C)."""
-        everyone = len(probabilities) * distributed.world_size()
-        levels = torch.rand(everyone, 1, generator=generator(self.seed, "meta_pseudo_labels", self.progress.step))
-        levels = levels[distributed.share(everyone)].to(probabilities.device)
-        passed = probabilities.cumsum(dim=1) < levels
+        draws = generator(self.seed, "meta_pseudo_labels", self.progress.step)
+        levels = distributed.drawn_for_all(len(probabilities), lambda size: torch.rand(size, 1, generator=draws))
+        passed = probabilities.cumsum(dim=1) < levels.to(probabilities.device)
         return passed.sum(dim=1).clamp_max(probabilities.shape[1] - 1)
 
     def labelled_loss(self, sample: Sample) -> Tensor:

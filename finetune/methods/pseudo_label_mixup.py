@@ -57,7 +57,7 @@ class PseudoLabelMixup(SemiSupervised):
         counts = (trusted & trusted[mix.partners]).to(losses.dtype) if warming else torch.ones_like(losses)
         parts = {
             "mixed": (losses * counts).sum() / counts.sum().clamp_min(1),
-            "prior": prior_distance(logits, self.even),
+            "prior": prior_distance(distributed.gather(logits), self.even),
             "entropy": entropy(logits),
         }
         return Loss(parts["mixed"] + self.lambda_a * parts["prior"] + self.lambda_h * parts["entropy"], parts)

@@ -5,6 +5,7 @@ from typing import Annotated
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
+from modicum import distributed
 from modicum.data.stream import Sample
 from modicum.finetune.losses import annealed_labels, sharpen, soft_label
 from modicum.finetune.semi_supervised import Guesses, TeacherOrNone
@@ -37,7 +38,8 @@ class UDA(WeakToStrong):
         return targets, (targets.amax(dim=1) >= self.threshold).float()
 
     def supervise(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return annealed_labels(logits, labels, signal_annealing(self.progress.fraction, self.num_classes, self.annealing))
+        ceiling = signal_annealing(self.progress.fraction, self.num_classes, self.annealing)
+        return annealed_labels(distributed.gather(logits), distributed.gather(labels), ceiling)
 
     def teach(self, strong: Tensor, guesses: Guesses) -> dict[str, Tensor]:
         return {"unlabelled": soft_label(strong, sharpen(guesses.probabilities, self.temperature), guesses.used)}

@@ -42,7 +42,8 @@ class VAT(SemiSupervised):
 
     def forward(self, batch: Batch) -> Loss:
         labelled, images = batch["labelled"], batch["unlabelled"].view(0)
-        start = torch.randn(images.shape, generator=generator(self.seed, "vat", self.progress.step, distributed.rank()))
+        draws = generator(self.seed, "vat", self.progress.step)
+        start = distributed.drawn_for_all(len(images), lambda size: torch.randn(size, *images.shape[1:], generator=draws))
         with untouched_statistics(self.student):
             direction = adversarial_direction(self.student, images.detach(), start.to(images.device), self.xi, self.iterations)
         logits, clean, moved = self.together(labelled.view(0), images, images + self.radius * direction)
