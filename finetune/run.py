@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from modicum import distributed
 from modicum.checkpoint import Preprocessing, load_classifier, save_backbone, save_classifier
@@ -20,9 +21,8 @@ from modicum.finetune.methods.noisy_student import NoisyStudent
 from modicum.finetune.methods.propagate import Propagate
 from modicum.finetune.outputs import outputs
 from modicum.finetune.propagation import Propagation
-from modicum.finetune.semi_supervised import SemiSupervised
+from modicum.finetune.semi_supervised import KINDS, SemiSupervised
 from modicum.finetune.warm_start import set_head
-from modicum.finetune.weights import KINDS, same
 from modicum.loop import Monitor, Training
 from modicum.method import find_method, settings_model
 from modicum.networks import Classifier
@@ -158,6 +158,11 @@ def save(session: Session, variant: Variant, method: SemiSupervised) -> None:
             save_classifier(variant.folder / "weights" / kind, other, preprocessing, names)
     save_backbone(variant.folder / "backbone", saved[0].backbone, preprocessing)
     save_classifier(variant.folder / "classifier", saved[0], preprocessing, names)
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks of one architecture hold the same weights and statistics."""
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 def training(session: Session, variant: Variant, method: SemiSupervised, monitors: list[Monitor]) -> Training:

@@ -12,12 +12,12 @@ from modicum import distributed
 from modicum.data.stream import Batch, Sample
 from modicum.errors import InputError
 from modicum.finetune.alignment import check_prior
-from modicum.finetune.weights import AveragedStatistics
 from modicum.method import Decisions, Facts, Method, Progress, Recipe, decide_momentum
 from modicum.networks import Backbone, Classifier
 from modicum.settings import AUTO, TeacherSettings
 from modicum.teacher import Teacher, untouched_statistics
 
+KINDS = ("student", "ema", "eman")  # weights that a run can be judged by: the last, their average, that with averaged norm statistics
 TeacherOrNone = TeacherSettings | Literal["none"]
 
 
@@ -46,11 +46,9 @@ class SemiSupervised(Method):
         self.has_teacher = teacher != "none"
         average = TeacherSettings(norm="bn", momentum=facts.ema_momentum) if teacher == "none" else teacher
         self.average = Teacher(self.student, average)
-        self.statistics = AveragedStatistics(self.student)
 
     def prepare(self, batch: Batch) -> None:
         self.average.start(self.student, batch["unlabelled" if "unlabelled" in batch else "labelled"].view(0))
-        self.statistics.update(self.student, 1.0)
 
     @torch.no_grad()
     def start_head(self, weight: Tensor, bias: Tensor) -> None:
@@ -95,23 +93,21 @@ class SemiSupervised(Method):
 
     def after_step(self, progress: Progress) -> None:
         self.average.update(self.student)
-        self.statistics.update(self.student, 1 - self.average.momentum)
 
     @property
     def average_kind(self) -> str:
-        """What its average is, of weights.KINDS."""
+        """What its average is, of KINDS."""
         return "eman" if self.average.norm == "eman" else "ema"
 
     @torch.no_grad()
     def classifier(self, kind: str) -> Classifier:
-        """One of weights.KINDS: the student itself, or a copy of its average with the student's norm statistics or with averaged ones."""
+        """One of KINDS: the student itself, or a copy of its average, with the student's norm statistics or with averaged ones."""
         if kind == "student":
             return self.student
         network: Any = copy.deepcopy(self.average.network)
-        for mine, theirs in zip(network.buffers(), self.student.buffers(), strict=True):
-            mine.copy_(theirs)
-        if kind == "eman":
-            self.statistics.write(network)
+        if kind == "ema":
+            for mine, theirs in zip(network.buffers(), self.student.buffers(), strict=True):
+                mine.copy_(theirs)
         return network
 
 

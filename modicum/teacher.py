@@ -15,15 +15,15 @@ from modicum.settings import TeacherSettings
 
 
 class Teacher(nn.Module):
-    """A frozen copy of `student` whose parameters follow it: t <- m t + (1 - m) s.
+    """A frozen copy of `student` whose parameters and norm statistics follow it: t <- m t + (1 - m) s.
 
-    norm `bn`: normalises with the statistics of its own batch; buffers are copied from the student.
+    norm `bn`: normalises with the statistics of its own batch, and leaves the averaged ones to whoever evaluates it.
     norm `shuffle_bn`: the same, of a permuted batch that is split into groups, so that a key never shares its statistics with
         its query (He 2019, arXiv:1911.05722, section 3.3).
         The groups are those of the batch of all ranks, so that their number does not change the outcome.
     norm `sync_bn`: as `bn`, over the batch of all ranks (`networks/norms.py`).
-    norm `eman`: buffers are averaged as the parameters are, and the copy stays in evaluation mode: what it says of an image
-        does not depend on what stands beside it. Its constant norm is folded into its convolutions.
+    norm `eman`: normalises with the averaged statistics, as in evaluation: what it says of an image does not depend on what stands
+        beside it. Its constant norm is folded into its convolutions.
     """
 
     folded: Folded | None = None
@@ -46,10 +46,11 @@ class Teacher(nn.Module):
         """The network's output for one view of this rank's images, in their order: (B, D)."""
         if self.norm == "eman":
             return self._in_evaluation(sample.view(view))
-        if self.norm != "shuffle_bn":
-            return self.network(sample.view(view))
-        order = sample.permutation()
-        shuffled = distributed.gather(in_groups(self.network, sample.view(view, order), self.groups))
+        with untouched_statistics(self.network):
+            if self.norm != "shuffle_bn":
+                return self.network(sample.view(view))
+            order = sample.permutation()
+            shuffled = distributed.gather(in_groups(self.network, sample.view(view, order), self.groups))
         return shuffled[send(torch.argsort(order)[distributed.share(len(order))], shuffled.device)]
 
     def _in_evaluation(self, images: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class Teacher(nn.Module):
         weight = 1 - (self.momentum if momentum is None else momentum)
         torch._foreach_lerp_(list(self.network.parameters()), list(student.parameters()), weight)
         for mine, theirs in zip(self.network.buffers(), student.buffers(), strict=True):
-            if self.norm == "eman" and mine.is_floating_point():
+            if mine.is_floating_point():
                 mine.lerp_(theirs, weight)
             else:
                 mine.copy_(theirs)

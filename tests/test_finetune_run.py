@@ -16,9 +16,8 @@ from modicum.checkpoint import Preprocessing, save_backbone
 from modicum.config import load_experiment
 from modicum.data.images import Images
 from modicum.errors import InputError
-from modicum.finetune.run import optimizer_groups, train, variants
-from modicum.finetune.semi_supervised import SemiSupervised
-from modicum.finetune.weights import KINDS, same
+from modicum.finetune.run import optimizer_groups, same, train, variants
+from modicum.finetune.semi_supervised import KINDS, SemiSupervised
 from modicum.method import Facts, Progress, find_method
 from modicum.networks import Backbone, create_backbone
 from modicum.networks.backbones import choose_architecture
