@@ -39,12 +39,12 @@ class Recipe:
     warmup: float = 0.0  # share of the run
 
 
-def decide_optimizer(settings: Mapping[str, Any], recipe: Recipe, method: str, batch: int, prefix: str) -> dict[str, tuple[Any, str]]:
+def decide_optimizer(settings: Mapping[str, Any], recipe: Recipe, whose: str, batch: int, prefix: str) -> dict[str, tuple[Any, str]]:
     """What a section's settings are where they are left `auto`, each with its reason, for `batch` images a step.
 
-    Raises InputError for an explicit setting that the optimizer would ignore, and for another optimizer without a rate of its own.
+    `whose` says where the recipe comes from: "byol's own". Raises InputError for an explicit setting that the optimizer would ignore,
+    and for another optimizer without a rate of its own.
     """
-    own = f"{method}'s own"
     chosen = recipe.name if settings["name"] == AUTO else settings["name"]
     momentum = (0.9 if chosen in HAVE_MOMENTUM else 0.0) if settings["momentum"] == AUTO else settings["momentum"]
     given = settings["lr"] != AUTO
@@ -58,14 +58,14 @@ def decide_optimizer(settings: Mapping[str, Any], recipe: Recipe, method: str, b
             without = f"{chosen} with momentum 0" if key == "nesterov" and chosen == "sgd" else chosen
             raise InputError(f"{prefix}.{key} = {settings[key]} would do nothing, since {without} has none: leave it out.")
     if chosen != recipe.name and not given:
-        raise InputError(f"{prefix}.name = {chosen} needs a learning rate: {method}'s own is one for {recipe.name}. Give {prefix}.lr.")
+        raise InputError(f"{prefix}.name = {chosen} needs a learning rate: {whose} is one for {recipe.name}. Give {prefix}.lr.")
     return {
-        "name": (recipe.name, own),
+        "name": (recipe.name, whose),
         "lr": lr,
-        "scaling": (scaling, "lr is given" if given else own),
-        "weight_decay": (recipe.weight_decay, own),
+        "scaling": (scaling, "lr is given" if given else whose),
+        "weight_decay": (recipe.weight_decay, whose),
         "momentum": (momentum, "the usual" if momentum else f"{chosen} has none"),
-        "nesterov": (recipe.nesterov and accelerates, own if accelerates else f"{chosen} has none"),
+        "nesterov": (recipe.nesterov and accelerates, whose if accelerates else f"{chosen} has none"),
     }
 
 

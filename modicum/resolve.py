@@ -16,6 +16,7 @@ from modicum.networks.backbones import Architecture, choose_architecture, names_
 from modicum.optim import decide_optimizer
 from modicum.record import warn
 from modicum.settings import AUTO, DataSettings, Experiment, FinetuneSettings, PretrainSettings
+from modicum.small_data import BATCH, OPTIMIZER, WHY, is_small, milder, takes_ours
 from modicum.views.policies import build_policy
 
 MONITOR_READINGS = 20  # of the online kNN monitor over a run
@@ -69,19 +70,24 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
         facts = replace(stage_facts(stage, section, images), transformer=architecture.fixed_size)
         decide(f"{stage}.method.", method.decide(section["method"], facts))
         _warn_of_leak(stage, section)
-        recipe = (facts.transformer and method.transformer_recipe) or method.recipe
-        chosen = decide_optimizer(section["optimizer"], recipe, name, batch, f"{stage}.optimizer")
-        decide(f"{stage}.optimizer.", _only_auto(section["optimizer"], chosen))
+        recipe, whose = (facts.transformer and method.transformer_recipe) or method.recipe, f"{name}'s own"
+        data = DataSettings(**settings["data"])
         views = method.views.get("unlabelled") or method.views.get("labelled") or ("weak",)  # that of the baselines, for want of steps
-        policies = [{"name": policy} for policy in views]
-        rest: Decisions = {"schedule": (recipe.schedule, f"{name}'s own"), "views": (policies, f"{name}'s own")}
+        policies: list[dict[str, Any]] = [{"name": policy} for policy in views]
+        rest: Decisions = {"schedule": (recipe.schedule, whose)}
+        if stage == "pretrain" and is_small(facts.num_images):
+            policies = [milder(policy, build_policy(policy, **view_arguments(data)).recipe) for policy in policies]
+            if not facts.transformer and takes_ours(section["optimizer"]):
+                recipe, whose = replace(OPTIMIZER, schedule=recipe.schedule), WHY
+        chosen = decide_optimizer(section["optimizer"], recipe, whose, batch, f"{stage}.optimizer")
+        decide(f"{stage}.optimizer.", _only_auto(section["optimizer"], chosen))
+        rest["views"] = policies, f"{name}'s own" + (", milder" if any(len(policy) > 1 for policy in policies) else "")
         if stage == "pretrain":
             epochs = section["epochs"]
-            rest["warmup_epochs"] = round(recipe.warmup * epochs, 2), f"{recipe.warmup:.0%} of the run"
+            rest["warmup_epochs"] = round(recipe.warmup * epochs, 2), f"{recipe.warmup:.0%} of the run, {whose}"
             rest["monitor_epochs"] = max(1, round(epochs / MONITOR_READINGS)), f"about {MONITOR_READINGS} readings over the run"
         decide(f"{stage}.", _only_auto(section, rest))
         _refuse_long_warmup(stage, section)
-        data = DataSettings(**settings["data"])
         if section["method"].get("teacher_from") is not None:
             refuse_unfit_teacher(f"{stage}.method.teacher_from", section["method"]["teacher_from"], data, images.class_names)
         decide(f"{stage}.", _views(stage, section, "views", policies, name, data, method.fewest_views))
@@ -246,10 +252,13 @@ def pixel_statistics(images: Images) -> tuple[list[float], list[float]]:
 
 
 def _batch_size(settings: PretrainSettings, num_images: int) -> Decisions:
-    if settings.batch_size <= num_images:
-        return {}
     if "batch_size" in settings.model_fields_set:
-        raise InputError(f"pretrain.batch_size = {settings.batch_size} is larger than the {num_images} training images.")
+        if settings.batch_size > num_images:
+            raise InputError(f"pretrain.batch_size = {settings.batch_size} is larger than the {num_images} training images.")
+        return {}
+    usual = BATCH if is_small(num_images) else settings.batch_size
+    if usual <= num_images:
+        return {"batch_size": (usual, WHY)}
     ranks = distributed.announced_ranks()
     return {"batch_size": (max(2, num_images // 2 // ranks * ranks), f"half of the {num_images} training images")}
 

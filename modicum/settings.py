@@ -93,7 +93,7 @@ class TeacherSettings(Settings):
 class PretrainSettings(Settings):
     method: PretrainMethod = Field({"name": "moco_v2"}, description="NAME, or {name: NAME, KEY: value} with the method's settings")
     epochs: Positive = Field(100, description="times every training image is seen")
-    batch_size: Annotated[int, Field(ge=2)] = Field(256, description="images a step, over all ranks")
+    batch_size: Annotated[int, Field(ge=2)] = Field(256, description="images a step, over all ranks; left out, 128 for small data sets")
     norm: Norm = Field("bn", description="batch norm on several ranks, heads included: of each rank's images, or sync_bn, of all ranks'")
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: Literal["auto", "cosine", "step", "constant"] = Field("auto", description="learning rate over the run")

@@ -2,12 +2,14 @@
 
 import pytest
 
+from modicum import small_data
 from modicum.config import flatten, load_experiment
 from modicum.data.images import Images
 from modicum.data.sources import load_images
 from modicum.errors import InputError
-from modicum.resolve import Reason, resolve
+from modicum.resolve import Reason, resolve, view_arguments
 from modicum.settings import AUTO, Experiment
+from modicum.views.policies import build_policy
 
 
 def resolved(digits: Images, *overrides: str) -> tuple[Experiment, dict[str, Reason]]:
@@ -43,7 +45,12 @@ def test_the_paper_holds_where_it_fits_and_the_largest_that_does_elsewhere(digit
     assert "65536" in reasons["pretrain.method.queue_size"].why
 
 
-def test_the_learning_rate_is_scaled_to_the_batch_and_shown_as_a_number(digits: Images) -> None:
+@pytest.fixture
+def all_data_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small_data, "SMALL_DATA", 0)
+
+
+def test_the_learning_rate_is_scaled_to_the_batch_and_shown_as_a_number(digits: Images, all_data_is_large: None) -> None:
     experiment, _ = resolved(digits, "pretrain.method=simclr", "pretrain.optimizer={}", "pretrain.batch_size=128")
     assert (experiment.pretrain.optimizer.name, experiment.pretrain.optimizer.lr) == ("lars", pytest.approx(0.15))
 
@@ -58,13 +65,39 @@ def test_the_learning_rate_is_scaled_to_the_batch_and_shown_as_a_number(digits: 
     ],
 )
 def test_the_learning_rate_is_scaled_by_one_formula_or_another(
-    digits: Images, method: str, batch: int, scaling: str, lr: float, why: str
+    digits: Images, all_data_is_large: None, method: str, batch: int, scaling: str, lr: float, why: str
 ) -> None:
     section = f"pretrain={{method: {method}, batch_size: {batch}, optimizer: {{scaling: {scaling}}}}}"
     experiment, reasons = resolved(digits, section)
     assert experiment.pretrain.optimizer.lr == pytest.approx(lr)
     assert reasons["pretrain.optimizer.lr"].why == why
     assert resolve(experiment, digits) == (experiment, [])
+
+
+@pytest.mark.parametrize("method", ["moco_v1", "simclr", "swav", "dino"])
+def test_small_data_have_defaults_that_were_found_on_small_data(digits: Images, method: str) -> None:
+    experiment, reasons = resolved(digits, f"pretrain={{method: {method}}}")
+    stage = experiment.pretrain
+    assert (stage.batch_size, stage.optimizer.name, stage.optimizer.lr) == (128, "adamw", 0.002)
+    assert stage.warmup_epochs == 3  # of 100
+    assert "fewer than 50,000" in reasons["pretrain.optimizer.name"].why
+    crops = [build_policy(view, **view_arguments(experiment.data)).recipe for view in stage.views]  # type: ignore[arg-type, union-attr]
+    assert {crop.crop_scale for crop in crops if not crop.size} == {(0.4, 1)}
+    assert resolve(experiment, digits) == (experiment, [])
+
+
+def test_small_data_leave_what_was_asked_for_alone(digits: Images, all_data_is_large: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = "{method: moco_v2, batch_size: 256, views: moco_v2, optimizer: {lr: 0.1}}"
+    large = resolved(digits, f"pretrain={asked}")[0]
+    monkeypatch.undo()
+    assert resolved(digits, f"pretrain={asked}")[0] == large
+    assert large.pretrain.optimizer.name == "sgd"
+
+
+def test_large_data_have_the_papers_constants(digits: Images, all_data_is_large: None) -> None:
+    stage = resolved(digits, "pretrain={method: moco_v2}")[0].pretrain
+    assert (stage.batch_size, stage.optimizer.name, stage.optimizer.lr, stage.warmup_epochs) == (256, "sgd", 0.03, 0)
+    assert stage.views == [{"name": "moco_v2"}] * 2
 
 
 def test_batches_of_stage_two_that_are_left_out_fit_the_data(digits: Images) -> None:
@@ -97,7 +130,7 @@ def test_what_keeps_small_images_from_staying_together_is_on_for_small_images_al
     assert heads == [True, False, False]
 
 
-def test_a_transformer_has_the_papers_settings_for_transformers(digits: Images) -> None:
+def test_a_transformer_has_the_papers_settings_for_transformers(digits: Images, all_data_is_large: None) -> None:
     convolutional, _ = resolved(digits, "pretrain={method: moco_v3}")
     transformer, reasons = resolved(digits, "pretrain={method: moco_v3}", "backbone.name=vit_tiny_patch16_224")
     assert [e.pretrain.method["temperature"] for e in (convolutional, transformer)] == [1.0, 0.2]
@@ -173,7 +206,7 @@ def test_crops_that_the_network_does_not_take_are_refused(backbone: str, sentenc
         ("pretrain={method: swav, views: [{name: swav}, {name: swav, size: 24}]}", "size = 24 is larger than the images of 12 px"),
         ("pretrain={method: {name: swav, queue_size: 5000}}", "queue_size = 5000 is larger than the data set of 1347 images"),
         ("pretrain={method: w_mse, views: [w_mse]}", "Unknown view policy 'w_mse'"),
-        ("pretrain={method: {name: w_mse, sub_batch: 512}}", "sub_batch = 512 is larger than batch_size = 256"),
+        ("pretrain={method: {name: w_mse, sub_batch: 512}}", "sub_batch = 512 is larger than batch_size = 128"),
         ("pretrain={method: {name: w_mse, sub_batch: 64, embedding_size: 64}}", "covariance is singular"),
         ("finetune.method.teacher={norm: shuffle_bn}", "norm = shuffle_bn has no use in fixmatch, which contrasts no query"),
         (
@@ -201,7 +234,7 @@ def test_crops_that_the_network_does_not_take_are_refused(backbone: str, sentenc
         ("backbone={name: mixer_s16_224, stem: small}", "backbone.stem = small is not known for mixer_s16_224"),
         ("finetune.projector_layers=1", "projector_layers = 1 keeps a layer of simclr_v2's projector; pretrain.method is moco_v2"),
         ("finetune.projector_layers=2", "finetune.projector_layers = 2 is not possible"),
-        ("pretrain.optimizer.scaling=sqrt", "scaling = sqrt would do nothing, since lr = 0.002 is given"),
+        ("pretrain.optimizer={name: adamw, lr: 0.003, scaling: sqrt}", "scaling = sqrt would do nothing, since lr = 0.003 is given"),
         ("finetune.method={name: fixmatch, weak_in_batch: true, teacher: {norm: eman}}", "weak_in_batch"),
         ("finetune.method.threshold=1.5", "threshold = 1.5 is not possible"),
         ("backbone.name=resnet19", "did you mean resnet18"),
