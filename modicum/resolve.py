@@ -12,14 +12,16 @@ from modicum.data.images import Images
 from modicum.errors import InputError
 from modicum.exchange import initial_backbone, refuse_unfit_teacher
 from modicum.method import Decisions, Facts, Method, decide_momentum, find_method, settings_model
-from modicum.networks.backbones import Architecture, choose_architecture, names_layers, view_step
+from modicum.networks.backbones import Architecture, choose_architecture, view_step
 from modicum.optim import decide_optimizer
 from modicum.record import warn
+from modicum.refusals import refuse_idle_rates, refuse_long_warmup, refuse_norm, refuse_projector, warn_of_leak
 from modicum.settings import AUTO, DataSettings, Experiment, FinetuneSettings, PretrainSettings
 from modicum.small_data import BATCH, OPTIMIZER, WHY, is_small, milder, takes_ours
 from modicum.views.policies import build_policy
 
 MONITOR_READINGS = 20  # of the online kNN monitor over a run
+MOST_PROPAGATED = 200_000  # images among which labels are propagated unasked
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,26 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
         given = {key: value for key, value in section["method"].items() if key != "name"}
         model = validate(settings_model(method), given, source=f"{stage}.method {name}", prefix=f"{stage}.method.")
         section["method"] = {"name": name, **model.model_dump()}
-        _refuse_norm(stage, method, section["method"])
+        refuse_norm(stage, method, section["method"])
+        num_images = len(images.rows("train"))
         if stage == "pretrain":
-            decide("pretrain.", _batch_size(experiment.pretrain, len(images.rows("train"))))
+            decide("pretrain.", _batch_size(experiment.pretrain, num_images))
         else:
-            _refuse_projector(settings["pretrain"]["method"], experiment.finetune)
-            decide("finetune.", _images_a_step(experiment.finetune, method, len(images.rows("train"))))
-            decide("finetune.", _only_auto(section, {"ema_momentum": decide_momentum(0.999, section["steps"], share=0.1)}))
-            decide("finetune.", _only_auto(section, {"export": _export(section["method"])}))
-            _refuse_idle_rates(experiment.finetune, architecture)
+            refuse_projector(settings["pretrain"]["method"], experiment.finetune)
+            decide("finetune.", _images_a_step(experiment.finetune, method, num_images))
+            start = {
+                "ema_momentum": decide_momentum(0.999, section["steps"], share=0.1),
+                "export": _export(section["method"]),
+                "warm_start": _warm_start(experiment.finetune, method, num_images),
+            }
+            decide("finetune.", _only_auto(section, start))
+            refuse_idle_rates(experiment.finetune, architecture)
         batch, ranks = section["batch_size"], distributed.announced_ranks()
         if batch % ranks:
             raise InputError(f"{stage}.batch_size = {batch} cannot be dealt evenly to {ranks} ranks: choose a multiple of {ranks}.")
         facts = replace(stage_facts(stage, section, images), transformer=architecture.fixed_size)
         decide(f"{stage}.method.", method.decide(section["method"], facts))
-        _warn_of_leak(stage, section)
+        warn_of_leak(stage, section)
         recipe, whose = (facts.transformer and method.transformer_recipe) or method.recipe, f"{name}'s own"
         data = DataSettings(**settings["data"])
         views = method.views.get("unlabelled") or method.views.get("labelled") or ("weak",)  # that of the baselines, for want of steps
@@ -87,7 +94,7 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             rest["warmup_epochs"] = round(recipe.warmup * epochs, 2), f"{recipe.warmup:.0%} of the run, {whose}"
             rest["monitor_epochs"] = max(1, round(epochs / MONITOR_READINGS)), f"about {MONITOR_READINGS} readings over the run"
         decide(f"{stage}.", _only_auto(section, rest))
-        _refuse_long_warmup(stage, section)
+        refuse_long_warmup(stage, section)
         if section["method"].get("teacher_from") is not None:
             refuse_unfit_teacher(f"{stage}.method.teacher_from", section["method"]["teacher_from"], data, images.class_names)
         decide(f"{stage}.", _views(stage, section, "views", policies, name, data, method.fewest_views))
@@ -183,28 +190,6 @@ def _only_auto(section: dict[str, Any], decisions: Decisions) -> Decisions:
     return {key: decision for key, decision in decisions.items() if section[key] == AUTO}
 
 
-def _refuse_norm(stage: str, method: type[Method], settings: dict[str, Any]) -> None:
-    teacher = settings.get("teacher", "none")
-    if teacher != "none" and teacher["norm"] not in method.teacher_norms:
-        *most, last = method.teacher_norms
-        raise InputError(
-            f"{stage}.method.teacher.norm = {teacher['norm']} has no use in {settings['name']}, which contrasts no query with "
-            f"other keys: choose {', '.join(most)} or {last}."
-        )
-
-
-def _refuse_projector(pretrain: dict[str, Any], settings: FinetuneSettings) -> None:
-    if settings.projector_layers and settings.init == "pretrain":
-        if find_method("pretrain", pretrain["name"]).projector_path is None:
-            raise InputError(
-                f"finetune.projector_layers = 1 keeps a layer of simclr_v2's projector; pretrain.method is {pretrain['name']}: choose 0."
-            )
-        if pretrain["head_layers"] == 1:
-            raise InputError(
-                "finetune.projector_layers = 1 needs pretrain.method.head_layers = 2 or more: a single layer is all left behind."
-            )
-
-
 def _export(method: dict[str, Any]) -> tuple[str, str]:
     teacher = method.get("teacher", "none")
     if teacher != "none" and teacher["norm"] == "eman":
@@ -212,23 +197,14 @@ def _export(method: dict[str, Any]) -> tuple[str, str]:
     return "ema", "averaged weights"
 
 
-def _refuse_idle_rates(settings: FinetuneSettings, architecture: Architecture) -> None:
-    """Raises InputError for a learning rate of the backbone that nothing would have, or that its layers cannot have."""
-    if settings.frozen:
-        if settings.init == "random":
-            raise InputError("finetune.freeze_backbone leaves finetune.init = random as it was drawn; start from a pretrained backbone.")
-        for key, idle in (("layer_decay", settings.layer_decay != 1), ("backbone_lr_scale", settings.backbone_lr_scale not in (0, 1))):
-            if idle:
-                raise InputError(f"finetune.{key} = {getattr(settings, key)} would do nothing, since the backbone is frozen: set it to 1.")
-    if settings.layer_decay != 1 and not names_layers(architecture):
-        raise InputError(f"finetune.layer_decay: timm does not say what the layers of {architecture.name} are; leave it at 1.")
-
-
-def _refuse_long_warmup(stage: str, section: dict[str, Any]) -> None:
-    unit = "epochs" if stage == "pretrain" else "steps"
-    warmup, whole = section[f"warmup_{unit}"], section[unit]
-    if warmup > whole:
-        raise InputError(f"{stage}.warmup_{unit} = {warmup:g} is longer than the run of {whole:g} {unit}: choose {whole:g} or less.")
+def _warm_start(settings: FinetuneSettings, method: type[Method], num_images: int) -> tuple[str, str]:
+    if "unlabelled" not in method.views:
+        return "none", f"{settings.method['name']} learns from labels alone"
+    if settings.init == "random" or settings.labels == "all":
+        return "none", "random weights know no neighbours" if settings.init == "random" else "no image is without a label"
+    if num_images > MOST_PROPAGATED:
+        return "none", f"the search for neighbours among {num_images:,} images would take long"
+    return "propagate", "where labels are few, the start decides"
 
 
 def _data(images: Images, settings: DataSettings) -> Decisions:
@@ -282,16 +258,3 @@ def _images_a_step(settings: FinetuneSettings, method: type[Method], num_images:
     fitting = min(batch, max(2, num_images // mu // ranks * ranks))
     why = f"of the {num_images} training images, none twice a step"
     return {"batch_size": (fitting, why), "mu": (max(1, min(settings.mu, num_images // fitting)), why)}
-
-
-def _warn_of_leak(stage: str, section: dict[str, Any]) -> None:
-    """Statistics over all ranks tell a query from its queue as well as those of one (He 2019, arXiv:1911.05722, section 3.3)."""
-    method = section["method"]
-    if "queue_size" not in method or "teacher" not in method:
-        return
-    teacher = method["teacher"]["norm"]
-    if teacher == "sync_bn" or (section["norm"] == "sync_bn" and teacher == "bn"):
-        warn(
-            f"{stage}: sync_bn does not keep a query and its key from sharing norm statistics that no key in the queue has, so the "
-            "task can be solved without seeing the images. teacher.norm shuffle_bn or eman prevents that."
-        )

@@ -132,8 +132,8 @@ class FinetuneSettings(Settings):
     labelled_views: Views = Field("auto", description="policies of the labelled views, of baselines too; auto: the first of views")
     init: str = Field("pretrain", description="pretrain (this run's stage one), random, or a backbone folder or file")
     projector_layers: Literal[0, 1] = Field(0, description="layers of simclr_v2's projector that stay under the classifier")
-    warm_start: Literal["none", "propagate"] = Field(
-        "none", description="the head before the first step: random, or fitted to labels propagated over the backbone's features"
+    warm_start: Auto | Literal["none", "propagate"] = Field(
+        "auto", description="the head before the first step: random, or fitted to labels propagated over the backbone's features"
     )
     ema_momentum: Auto | Annotated[float, Field(ge=0, lt=1)] = Field(
         "auto", description="of the averaged weights that are evaluated, for methods without a teacher"

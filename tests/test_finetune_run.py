@@ -204,7 +204,7 @@ def test_a_rate_that_nothing_would_have_is_refused(
     digits: Images, monkeypatch: pytest.MonkeyPatch, overrides: list[str], sentence: str
 ) -> None:
     if "backbone.name" in overrides[-1]:
-        monkeypatch.setattr("modicum.resolve.names_layers", lambda architecture: False)
+        monkeypatch.setattr("modicum.refusals.names_layers", lambda architecture: False)
         overrides = overrides[:-1]
     with pytest.raises(InputError, match=sentence):
         resolve(load_experiment("digits", overrides), digits)

@@ -100,6 +100,28 @@ def test_large_data_have_the_papers_constants(digits: Images, all_data_is_large:
     assert stage.views == [{"name": "moco_v2"}] * 2
 
 
+@pytest.mark.parametrize(
+    ("override", "start", "why"),
+    [
+        ("finetune.method=fixmatch", "propagate", "the start decides"),
+        ("finetune.method=supervised", "none", "from labels alone"),
+        ("finetune.init=random", "none", "no neighbours"),
+        ("finetune.labels=all", "none", "without a label"),
+        ("finetune.warm_start=none", "none", None),
+    ],
+)
+def test_labels_are_propagated_where_a_backbone_knows_neighbours(digits: Images, override: str, start: str, why: str | None) -> None:
+    experiment, reasons = resolved(digits, override)
+    assert experiment.finetune.warm_start == start
+    assert why is None or why in reasons["finetune.warm_start"].why
+
+
+def test_no_one_waits_for_neighbours_among_very_many_images_unasked(digits: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modicum.resolve.MOST_PROPAGATED", 1000)
+    assert resolved(digits)[0].finetune.warm_start == "none"
+    assert resolved(digits, "finetune.warm_start=propagate")[0].finetune.warm_start == "propagate"
+
+
 def test_batches_of_stage_two_that_are_left_out_fit_the_data(digits: Images) -> None:
     few = Images("few", digits.pixels[:40], digits.manifest[:40].assign(split="train"), digits.class_names, digits.mirror)
     settings = resolve(load_experiment("digits", ["pretrain={}", "finetune={}"]), few)[0].finetune
