@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 
 def start(device: torch.device) -> None:
@@ -62,6 +64,27 @@ def anywhere(flag: bool) -> bool:
     told = torch.tensor(float(flag))
     dist.all_reduce(told, dist.ReduceOp.MAX)
     return bool(told)
+
+
+class Parallel(DistributedDataParallel):
+    """Averages the gradients of all ranks. Before each step all take the norm statistics of rank 0, which are those that are saved.
+
+    Torch would send every other buffer too, though queues, memories and what is kept an image are the same on all ranks by themselves:
+    33 MB a step for the queue of MoCo v2.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module, broadcast_buffers=False)
+        norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.running_mean is not None]
+        self.statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+
+    def forward(self, *inputs: Any) -> Any:
+        if self.statistics:
+            together = torch.cat([buffer.flatten() for buffer in self.statistics])
+            dist.broadcast(together, 0)
+            for buffer, values in zip(self.statistics, together.split([buffer.numel() for buffer in self.statistics]), strict=True):
+                buffer.copy_(values)
+        return super().forward(*inputs)
 
 
 class _Gather(torch.autograd.Function):

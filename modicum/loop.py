@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
 from modicum import distributed
 from modicum.checkpoint import load_state, save_state
@@ -71,7 +70,7 @@ class Training:
         metrics = Metrics(self.folder / "metrics.csv", start)
         trained: nn.Module = method
         if distributed.world_size() > 1:
-            trained = DistributedDataParallel(method)
+            trained = distributed.Parallel(method)
             if method.norm == "bn" and any(isinstance(module, _BatchNorm) for module in method.modules()):
                 warn(
                     f"{self.title}: each of the {distributed.world_size()} ranks normalises by its own images, so that results depend on "

@@ -92,7 +92,7 @@ def two_steps(images: Images, backbone: type[nn.Module], name: str, norm: str, s
     method = find_method(stage, name).from_settings(backbone(), facts, 0, settings)  # type: ignore[arg-type]
     streams = streams_of(method, images)
     method.prepare({name: stream.sample(0) for name, stream in streams.items()})
-    trained = nn.parallel.DistributedDataParallel(method) if distributed.world_size() > 1 else method
+    trained = distributed.Parallel(method) if distributed.world_size() > 1 else method
     optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
     losses = []
     for step in range(2):
@@ -204,6 +204,38 @@ def test_two_ranks_equal_one(name: str, images: Images, two_ranks: Path) -> None
 def test_plain_batch_norm_depends_on_ranks(images: Images, two_ranks: Path) -> None:
     there, here = torch.load(two_ranks / "simclr-bn.pt", weights_only=True), two_steps(images, *CASES["simclr-bn"])
     assert not torch.allclose(there["losses"], here["losses"], atol=1e-3)
+
+
+class Remembering(Normed):
+    """With a memory beside its norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("memory", torch.zeros(3))
+
+
+def statistics_worker(rank: int, folder: str) -> None:
+    join(rank, folder)
+    network = Remembering()
+    trained = distributed.Parallel(network)
+    network.memory.fill_(rank)
+    for seed in range(2):
+        trained(torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(RANKS * seed + rank))).sum().backward()
+        torch.save({name: value.clone() for name, value in network.named_buffers()}, f"{folder}/{seed}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_of_all_buffers_norm_statistics_alone_are_those_of_rank_0_at_the_next_step(tmp_path: Path) -> None:
+    (tmp_path / "port").write_text(free_port())
+    multiprocessing.spawn(statistics_worker, (str(tmp_path),), nprocs=RANKS)
+    first, second = ([torch.load(tmp_path / f"{seed}-{rank}.pt", weights_only=True) for rank in range(RANKS)] for seed in range(2))
+    assert [buffers["memory"].tolist() for buffers in second] == [[0] * 3, [1] * 3]  # not sent
+    name = "layers.1.running_mean"
+    assert not torch.allclose(first[0][name], first[1][name])  # each rank has moved its own
+    alone = Remembering()
+    alone.load_state_dict(first[0], strict=False)  # rank 1 goes on from rank 0's
+    alone(torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(RANKS + 1)))
+    torch.testing.assert_close(second[1][name], alone.get_buffer(name))
 
 
 def gather_worker(rank: int, folder: str) -> None:
