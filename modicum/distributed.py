@@ -75,8 +75,8 @@ class Parallel(DistributedDataParallel):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module, broadcast_buffers=False)
-        norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm) and norm.running_mean is not None]
-        self.statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+        norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+        self.statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
 
     def forward(self, *inputs: Any) -> Any:
         if self.statistics:
