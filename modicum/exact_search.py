@@ -1,12 +1,14 @@
 """Exact search by cosine similarity: a cheap matrix product proposes rows, a proven bound on its error says which to compute properly.
 
-The product is of features less their mean m, since only differences order neighbours, and those of a network are much smaller than what
-all features share: q.x = (q - m).(x - m) + m.(x - m) + q.m, of which the last is the same for all rows. Where the processor multiplies
-bf16 fast, q - m and x - m are rounded to it. By Cauchy-Schwarz that moves no product by more than |q - m| times the longest remainder of
-a row, plus the query's remainder times the longest rounded row; remainders are measured, not estimated. At least k rows are as similar
-as the k-th largest product less the bound, and no row whose product is smaller by more than twice the bound is one of the k nearest.
-Similarities of the others are computed in fp32, each pair by itself, so that neither the way it was proposed nor its place among the
-rows moves a bit of it.
+The product is one in fp32, of the rows as they are, so that nothing is copied. Where the processor multiplies bf16 fast, it is of features
+less their mean m, since only differences order neighbours, and those of a network are much smaller than what all features share:
+q.x = (q - m).(x - m) + m.(x - m) + q.m, of which the last is the same for all rows; and q - m and x - m are rounded to bf16. By
+Cauchy-Schwarz that moves no product by more than |q - m| times the longest remainder of a row, plus the query's remainder times the
+longest rounded row; remainders are measured, not estimated.
+
+At least k rows are as similar as the k-th largest product less the bound, and no row whose product is smaller by more than twice the bound
+is one of the k nearest. Similarities of the others are computed in fp32, each pair by itself, so that neither the way it was proposed nor
+its place among the rows moves a bit of it.
 """
 
 import warnings
@@ -27,36 +29,53 @@ SAFETY = 1.01  # for the rounding of the bounds themselves
 
 
 class Bank:
-    """Rows float32 (N, D) to be searched, and their rounded copy, of half their size, where `rounded`."""
+    """Rows float32 (N, D) to be searched, as they are."""
 
-    def __init__(self, rows: Tensor, rounded: bool) -> None:
-        self.rows, self.kind = rows, torch.bfloat16 if rounded else torch.float32
+    kind = torch.float32  # of the products
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows, self.longest = rows, float(_length(rows).max())
         self.unit = torch.finfo(self.kind).eps / 2
+
+    def products(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """For `queries` float32 (Q, D): products (Q, N), which are the similarities but for a constant a query, and bounds (Q, 1) on
+        how far, before it is rounded to the table's precision, any may be off."""
+        return queries @ self.rows.T, _slack(queries, _length(queries) * self.longest)
+
+
+class RoundedBank(Bank):
+    """The same with a copy of the rows, less their mean, that is rounded to bf16 and of half their size."""
+
+    kind = torch.bfloat16
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__(rows)
         self.mean = rows.mean(dim=0)
         self.cheap = torch.empty(len(rows), rows.shape[1] + 2, dtype=self.kind)
-        longest = torch.zeros(5)
+        longest = torch.zeros(4)
         for at in range(0, len(rows), PART):
-            part = rows[at : at + PART]
-            centred = part - self.mean
+            centred = rows[at : at + PART] - self.mean
             offset = (centred @ self.mean)[:, None]
             cheap = torch.cat([centred, offset], dim=1).to(self.kind)
             # the offset is as large as the product, so that what rounding leaves of it has a column of its own
             self.cheap[at : at + PART] = torch.cat([cheap, (offset - cheap[:, -1:]).to(self.kind)], dim=1)
             lost = centred - cheap[:, :-1]
-            longest = longest.maximum(torch.stack([_length(x).max() for x in (part, centred, cheap[:, :-1].float(), lost, offset)]))
-        self.longest, self.longest_centred, self.longest_cheap, self.longest_lost, self.largest_offset = longest.tolist()
+            longest = longest.maximum(torch.stack([_length(x).max() for x in (centred, cheap[:, :-1].float(), lost, offset)]))
+        self.longest_centred, self.longest_cheap, self.longest_lost, self.largest_offset = longest.tolist()
 
     def products(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """For `queries` float32 (Q, D): products (Q, N), which are the similarities but for a constant a query, and bounds (Q, 1) on
-        how far, before it is rounded to the table's precision, any may be off."""
         centred = queries - self.mean
         cheap = torch.cat([centred, torch.ones(len(queries), 2)], dim=1).to(self.kind)
         length, lost = _length(centred), _length(centred - cheap[:, :-2])
         rounding = length * self.longest_lost + lost * self.longest_cheap + self.unit**2 * self.largest_offset
-        # n sums of n + 1 terms each are off by n units of the terms' sizes at most, in whatever order they are added
         sums = _length(queries) * self.longest + 2 * length * self.longest_centred + self.largest_offset
         sums += float(self.mean.norm()) * self.longest_centred
-        return cheap @ self.cheap.T, SAFETY * (rounding + (queries.shape[1] + 8) * UNIT * sums)[:, None]
+        return cheap @ self.cheap.T, SAFETY * rounding[:, None] + _slack(queries, sums)
+
+
+def _slack(queries: Tensor, sums: Tensor) -> Tensor:
+    """How far products (Q, 1) may be off: n sums of n + 1 terms each by n units of the terms' sizes, in whatever order they are added."""
+    return SAFETY * (queries.shape[1] + 8) * UNIT * sums[:, None]
 
 
 def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +87,7 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     k = min(k, len(bank))
     if not len(queries):
         return queries.new_empty(0, k), torch.empty(0, k, dtype=torch.int64)
-    searched = Bank(bank, rounded=len(bank) >= LARGE and has_fast_bf16(bank.device))
+    searched = RoundedBank(bank) if len(bank) >= LARGE and has_fast_bf16(bank.device) else Bank(bank)
     pivots = bank[:: max(1, len(bank) // PIVOTS)]
     order = (queries @ pivots.T).argmax(dim=1).argsort()  # queries of the same surroundings after one another: the cache holds their rows
     size = max(1, CELLS // len(bank))
