@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -52,8 +53,7 @@ def csv_text(rows: list[Row]) -> str:
 
 
 def summaries(rows: Iterable[Row]) -> list[Summary]:
-    """Mean and spread over the seeds: the classifier, its supervised baselines, probes and kNN at one k; variant by variant, then what
-    all of them have."""
+    """Mean and spread over the seeds: the classifier, its supervised baselines, probes and kNN at one k; of each, all variants."""
     groups: dict[tuple[str, str, str, int], list[float]] = {}
     for row in rows:
         if row["protocol"] != "knn" or _is_best_knn(row):
@@ -64,25 +64,31 @@ def summaries(rows: Iterable[Row]) -> list[Summary]:
         Summary(*key, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
         for key, values in groups.items()
     ]
-    variants = list(dict.fromkeys(summary.variant for summary in found))
-    places = {variant: place for place, variant in enumerate([*variants, EVERY])}
-    order = {"finetuned": 0, "supervised": 1}
-    return sorted(_once(found, len(variants)), key=lambda s: (places[s.variant], order.get(s.protocol, len(order))))
-
-
-def _once(found: Iterable[Summary], variants: int) -> list[Summary]:
-    """What is the same in every variant, as pixels are and a backbone that all share, becomes one row."""
-    groups: dict[Summary, list[Summary]] = {}
+    first, places = {"finetuned": -2, "supervised": -1}, dict[tuple[str, str], int]()  # the rest as they come
+    questions: dict[tuple[int, int, int], list[Summary]] = {}
     for summary in found:
-        groups.setdefault(replace(summary, variant=EVERY), []).append(summary)
-    shared = {same for same, group in groups.items() if len(group) == variants > 1}
-    return [row for same, group in groups.items() for row in ([same] if same in shared else group)]
+        place = places.setdefault((summary.protocol, summary.features), len(places))
+        questions.setdefault((first.get(summary.protocol, 0), place, summary.labels), []).append(summary)
+    return [row for question in sorted(questions) for row in _once(questions[question])]
+
+
+def _once(answers: list[Summary]) -> list[Summary]:
+    """What is the same for every variant, as pixels are and a backbone that all share, is one row."""
+    same = {replace(answer, variant=EVERY) for answer in answers}
+    return list(same) if len(same) == 1 < len(answers) else answers
+
+
+def short(variant: str) -> str:
+    """Without the sections of its keys, where the keys alone tell it: `finetune.method.teacher=none` is `teacher=none`."""
+    bare = re.sub(r"(?<![\w.])(?:\w+\.)+(?=\w+=)", "", variant)
+    keys = re.findall(r"(?<![\w.])\w+(?==)", bare)
+    return bare if len(keys) == len(set(keys)) else variant
 
 
 def _cells(summary: Summary) -> tuple[str, ...]:
     spread = f" ± {100 * summary.spread:.1f}" if summary.spread is not None else ""
     return (
-        summary.variant,
+        short(summary.variant),
         summary.protocol,
         summary.features,
         f"{summary.labels:,}",

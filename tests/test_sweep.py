@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from modicum.errors import InputError
-from modicum.pipelines.summary import EVERY, summaries
+from modicum.pipelines.summary import EVERY, short, summaries
 
 Command = Callable[..., int]
 Names = Callable[[str], list[str]]
@@ -156,18 +156,32 @@ def test_mean_and_spread() -> None:
     assert (single.mean, single.spread, single.count) == (0.91, None, 1)
 
 
-def test_what_all_variants_have_in_common_is_told_once() -> None:
-    common = {"features": "pixels", "labels": 40}
+def test_variants_stand_together_and_what_they_have_in_common_is_told_once() -> None:
     rows = [
-        {"variant": variant, "seed": seed, "protocol": protocol, "top1": top1, **common}
-        for variant, offset in (("a", 0.0), ("b", 0.1))
+        {"variant": variant, "seed": seed, "protocol": protocol, "top1": top1, "features": "pixels", "labels": labels}
+        for variant, offset, labels in (("a", 0.0, 40), ("b", 0.1, 40), ("c", 0.2, 100))
         for seed in range(2)
         for protocol, top1 in (("linear", 0.5 + 0.1 * seed), ("finetuned", 0.7 + offset))
     ]
-    assert [(summary.variant, summary.protocol, summary.count) for summary in summaries(rows)] == [
-        ("a", "finetuned", 2),
-        ("b", "finetuned", 2),
-        (EVERY, "linear", 2),
+    assert [(summary.protocol, summary.labels, summary.variant, summary.count) for summary in summaries(rows)] == [
+        ("finetuned", 40, "a", 2),
+        ("finetuned", 40, "b", 2),
+        ("finetuned", 100, "c", 2),
+        ("linear", 40, EVERY, 2),
+        ("linear", 100, "c", 2),
     ]
     only_one = [row for row in rows if row["variant"] == "a"]
     assert {summary.variant for summary in summaries(only_one)} == {"a"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "told"),
+    [
+        ("", ""),
+        ("finetune.labels=40,finetune.method.teacher={norm: eman, momentum: 0.9}", "labels=40,teacher={norm: eman, momentum: 0.9}"),
+        ("pretrain.method.teacher.norm=bn,finetune.method.teacher.norm=eman",) * 2,
+        ("seed=1,data.root=/a.b/c=d", "seed=1,root=/a.b/c=d"),
+    ],
+)
+def test_a_variant_is_told_as_shortly_as_it_can_be_told_from_others(variant: str, told: str) -> None:
+    assert short(variant) == told
