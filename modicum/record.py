@@ -35,13 +35,19 @@ class StateColumn(ProgressColumn):
         self.unit = unit
 
     def words(self, task: Task) -> str:
-        rate = f"{task.speed:,.{0 if task.speed >= 10 else 1}f} {self.unit}/s" if task.speed else ""
+        rate = _rate(task.speed, self.unit) if task.speed else ""
         seconds = task.finished_time if task.finished else task.time_remaining
         clock = "" if seconds is None else f"{_clock(seconds)}{'' if task.finished else ' left'}"
         return ", ".join(filter(None, (rate, clock, task.fields["note"])))
 
     def render(self, task: Task) -> Text:
         return Text(self.words(task), no_wrap=True, overflow="ellipsis")
+
+
+def _rate(speed: float, unit: str) -> str:
+    """Of `speed` units a second."""
+    number, per = (speed, "s") if speed >= 0.1 else (60 * speed, "min")
+    return f"{number:,.{0 if number >= 10 else 1}f} {unit}/{per}"
 
 
 def _clock(seconds: float) -> str:

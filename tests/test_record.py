@@ -43,6 +43,14 @@ def test_a_bar_stays_within_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(full) == 80
 
 
+@pytest.mark.parametrize(
+    ("speed", "told"),
+    [(1234.5, "1,234 runs/s"), (9.94, "9.9 runs/s"), (0.1, "0.1 runs/s"), (0.02, "1.2 runs/min"), (0.0001, "0.0 runs/min")],
+)
+def test_a_rate_is_told_in_numbers_that_can_be_read(speed: float, told: str) -> None:
+    assert record._rate(speed, "runs") == told
+
+
 def test_a_quiet_run_wipes_its_bars_and_keeps_its_words_for_the_log(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     terminal = open_terminal(monkeypatch)
     log = ConsoleLog(quiet=True)
