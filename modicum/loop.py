@@ -15,7 +15,7 @@ from modicum.checkpoint import load_state, save_state
 from modicum.compilation import compile_backbones, earns_compilation
 from modicum.data.stream import Batch
 from modicum.errors import InputError, Preempted
-from modicum.hardware import Hardware
+from modicum.hardware import Hardware, has_fast_bf16
 from modicum.method import Method, Progress
 from modicum.optim import Schedule, learning_rate
 from modicum.randomness import seed_of
@@ -64,6 +64,9 @@ class Training:
         method = self.method.to(self.hardware.device).to(memory_format=torch.channels_last).train()
         totals = _Totals()
         start = self._resume(totals)
+        if self.hardware.precision == "bf16" and not has_fast_bf16(self.hardware.device):
+            why = "with which the saved state began" if start else "as asked for"
+            warn(f"{self.title}: this processor has no bf16 of its own, so that precision = bf16, {why}, takes many times as long as fp32.")
         torch.set_num_threads(self.hardware.threads)
         self._compile(start)
         hardware = self.hardware

@@ -110,6 +110,17 @@ def test_a_resumed_run_keeps_its_precision_and_threads(tmp_path: Path) -> None:
     assert (again.hardware.precision, again.hardware.threads) == ("fp32", 1)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_precision_that_the_processor_lacks_is_warned_of(
+    fast: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loop, "has_fast_bf16", lambda device: fast)
+    run = training(tmp_path)
+    run.hardware = Hardware(torch.device("cpu"), "bf16", 1)
+    run.run()
+    assert ("takes many times as long as fp32" in capsys.readouterr().err) != fast
+
+
 def test_metrics_hold_means_over_the_log_interval(tmp_path: Path) -> None:
     training(tmp_path).run()
     rows = Metrics.read(tmp_path / "metrics.csv")
