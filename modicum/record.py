@@ -30,13 +30,15 @@ keep_bars = True  # on the screen when they are full; a quiet run (console_log.p
 class StateColumn(ProgressColumn):
     """Rate, time left and note; cut where the terminal ends, so that no bar takes a second line."""
 
-    def __init__(self, unit: str) -> None:
+    def __init__(self, unit: str, overall: bool = False) -> None:
         super().__init__()
-        self.unit = unit
+        self.unit, self.overall = unit, overall
 
     def words(self, task: Task) -> str:
-        rate = _rate(task.speed, self.unit) if task.speed else ""
-        seconds = task.finished_time if task.finished else task.time_remaining
+        speed = task.completed / (task.elapsed or 1) if self.overall else task.speed
+        rate = _rate(speed, self.unit) if speed else ""
+        left = task.remaining / speed if speed and task.remaining is not None else None
+        seconds = task.finished_time if task.finished else left
         clock = "" if seconds is None else f"{_clock(seconds)}{'' if task.finished else ' left'}"
         return ", ".join(filter(None, (rate, clock, task.fields["note"])))
 
@@ -56,9 +58,14 @@ def _clock(seconds: float) -> str:
 
 
 @contextmanager
-def progress(description: str, total: float, unit: str = "images", completed: int = 0) -> Iterator[Callable[..., None]]:
-    """A bar with rate and time left, or a line of them now and then without a terminal. Yields `advance(count, note="loss 0.51")`."""
-    state, drawn = StateColumn(unit), sys.stderr.isatty() and not console.is_dumb_terminal
+def progress(
+    description: str, total: float, unit: str = "images", completed: int = 0, overall: bool = False
+) -> Iterator[Callable[..., None]]:
+    """A bar with rate and time left, or a line of them now and then without a terminal. Yields `advance(count, note="loss 0.51")`.
+
+    The rate is that of the last half minute, or `overall`, where a unit may take longer than that.
+    """
+    state, drawn = StateColumn(unit, overall), sys.stderr.isatty() and not console.is_dumb_terminal
     columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), TaskProgressColumn(), state
     told = time.monotonic()
     with Progress(*columns, console=console, refresh_per_second=4, transient=not keep_bars, disable=not drawn) as bar:

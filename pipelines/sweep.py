@@ -62,7 +62,7 @@ def sweep(
     backbones = _backbones(config, members, root, init)
     rows: dict[Member, list[Row]] = {}
     # one bar for all, unless each run draws its own
-    with progress("sweep", len(members), "runs") if jobs > 1 else nullcontext(lambda: None) as advance:
+    with progress("sweep", len(members), "runs", overall=True) if jobs > 1 else nullcontext(lambda: None) as advance:
         for wave in _waves(members, backbones):
             requests = {member: _request(config, member, root, init, backbones) for member in wave}
             calls = {member: (request, _stages(request, skip_finetune), force) for member, request in requests.items()}
