@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Mapping
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -17,11 +17,13 @@ Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 
 
-def as_they_end(function: Callable[..., Result], calls: Mapping[Key, tuple[Any, ...]], jobs: int) -> Iterator[tuple[Key, Result]]:
+def as_they_end(
+    function: Callable[..., Result], calls: Mapping[Key, tuple[Any, ...]], jobs: int
+) -> Generator[tuple[Key, Result], None, None]:
     """Key and result of each call of `function`, `jobs` of them at a time; of one at a time in this process, in order.
 
     The processes share the cores and keep their words to themselves. The first exception of a call ends the others as SIGTERM does, and
-    is raised. Raises ProcessLost where the system took a process away.
+    is raised; closing the generator ends them too. Raises ProcessLost where the system took a process away.
     """
     if jobs == 1:
         for key, arguments in calls.items():

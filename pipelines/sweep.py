@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,14 +66,15 @@ def sweep(
         for wave in _waves(members, backbones):
             requests = {member: _request(config, member, root, init, backbones) for member in wave}
             calls = {member: (request, _stages(request, skip_finetune), force) for member, request in requests.items()}
-            for member, seconds in as_they_end(_work, calls, jobs):
-                results = json.loads((requests[member].folder.stage("evaluate") / "results.json").read_text(encoding="utf-8"))
-                about = {"variant": member.variant, "seed": member.seed, "run": str(member.folder)}
-                rows[member] = [about | row for row in results["rows"]]
-                write_atomically(root / "sweep.csv", csv_text(_in_order(rows, members)))
-                took = "done already" if seconds is None else f"{seconds:.0f} s"
-                say(f"[{len(rows)}/{len(members)}] {member.folder}: {headline(results)}, {took}")
-                advance()
+            with closing(as_they_end(_work, calls, jobs)) as done:  # closed, it stops what is still at work
+                for member, seconds in done:
+                    results = json.loads((requests[member].folder.stage("evaluate") / "results.json").read_text(encoding="utf-8"))
+                    about = {"variant": member.variant, "seed": member.seed, "run": str(member.folder)}
+                    rows[member] = [about | row for row in results["rows"]]
+                    write_atomically(root / "sweep.csv", csv_text(_in_order(rows, members)))
+                    took = "done already" if seconds is None else f"{seconds:.0f} s"
+                    say(f"[{len(rows)}/{len(members)}] {member.folder}: {headline(results)}, {took}")
+                    advance()
     found = summaries(_in_order(rows, members))
     write_atomically(root / "sweep.md", markdown(found))
     output = standard_output()

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,13 @@ def test_a_failure_stops_the_others_with_their_states_saved(tmp_path: Path) -> N
 
 def _either(call: object, *arguments: Path) -> None:
     call(*arguments)  # type: ignore[operator]
+
+
+def test_whoever_has_seen_enough_stops_the_others(tmp_path: Path) -> None:
+    begun, saved = tmp_path / "begun", tmp_path / "saved"
+    with closing(as_they_end(_either, {"short": (wait_for, begun), "long": (sleep, begun, saved)}, jobs=2)) as results:
+        assert next(results) == ("short", None)
+    assert saved.exists()
 
 
 def test_a_process_that_the_system_took_is_told(tmp_path: Path) -> None:
