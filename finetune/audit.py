@@ -14,6 +14,7 @@ from modicum.loop import Monitor, Reading
 from modicum.record import Metrics, say, warn
 
 BINS = 15  # of the calibration error (Guo 2017, arXiv:1706.04599)
+NARROW = 3  # epochs in a row whose guesses name few classes; fewer, at the start, are easy classes that count before the others
 Figures = dict[str, float]
 
 
@@ -61,6 +62,7 @@ class Audit:
         self.ledger = method.ledger = Ledger(len(self.truth)).to(device)
         self.metrics: Metrics | None = None
         self.warned: set[str] = set()
+        self.narrow = 0  # epochs in a row whose guesses name few classes
 
     def observe(self) -> dict[str, Reading]:
         """Takes in the guesses of the step just made. For metrics.csv: numerators and denominators; none without guesses."""
@@ -133,13 +135,14 @@ class Audit:
         shares = class_shares(found["guess"][used], len(self.names))
         guessed, given = effective_classes(shares), effective_classes(self.prior)
         many = used.sum() >= max(3 * given, len(used) / 4)  # fewer cannot name all classes, or are of the easy ones that come first
-        if many and guessed <= given / 2 and "few" not in self.warned:
+        self.narrow = self.narrow + 1 if many and guessed <= given / 2 else 0
+        if self.narrow >= NARROW and "few" not in self.warned:
             self.warned.add("few")
             warn(
-                f"steps {began + 1} to {done}: the guesses that count have collapsed onto few classes: they are spread as over "
-                f"{guessed:.1f} equal classes, the labels as over {given:.1f}; {shares.max():.0%} name {self.names[shares.argmax()]!r}. "
-                "Set finetune.method.distribution_alignment=uniform, labelled or estimated where the method has it, or "
-                "finetune.warm_start=propagate."
+                f"steps {began + 1} to {done}, and {NARROW - 1} epochs before: the guesses that count have collapsed onto few classes: "
+                f"they are spread as over {guessed:.1f} equal classes, the labels as over {given:.1f}; {shares.max():.0%} name "
+                f"{self.names[shares.argmax()]!r}. Set finetune.method.distribution_alignment=uniform, labelled or estimated where the "
+                "method has it, or finetune.warm_start=propagate."
             )
 
 

@@ -142,7 +142,7 @@ def test_guesses_that_collapse_onto_few_classes_are_told(long_tail: Images, tmp_
     """One class is asked for and nothing else."""
     shares = [0.91, *[0.01] * 9]
     method = f"finetune.method={{name: fixmatch, threshold: 0.3, distribution_alignment: {shares}}}"
-    session = tail_session(long_tail, tmp_path, method, "finetune.steps=20", "finetune.optimizer.lr=0.0005")
+    session = tail_session(long_tail, tmp_path, method, "finetune.steps=60", "finetune.optimizer.lr=0.0005")
     train(session, variants(session)[0])
     told = " ".join(capfd.readouterr().err.split())
     assert told.count("have collapsed onto few classes") == 1
