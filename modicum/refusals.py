@@ -10,6 +10,7 @@ from modicum.settings import FinetuneSettings
 
 
 def refuse_norm(stage: str, method: type[Method], settings: dict[str, Any]) -> None:
+    """Raises InputError for a teacher's norm that the method does not take."""
     teacher = settings.get("teacher", "none")
     if teacher != "none" and teacher["norm"] not in method.teacher_norms:
         *most, last = method.teacher_norms
@@ -20,6 +21,7 @@ def refuse_norm(stage: str, method: type[Method], settings: dict[str, Any]) -> N
 
 
 def refuse_projector(pretrain: dict[str, Any], settings: FinetuneSettings) -> None:
+    """Raises InputError where stage one leaves no layer of a projector to keep."""
     if settings.projector_layers and settings.init == "pretrain":
         if find_method("pretrain", pretrain["name"]).projector_path is None:
             raise InputError(
@@ -44,6 +46,7 @@ def refuse_idle_rates(settings: FinetuneSettings, architecture: Architecture) ->
 
 
 def refuse_long_warmup(stage: str, section: dict[str, Any]) -> None:
+    """Raises InputError for a warm-up that outlasts the run."""
     unit = "epochs" if stage == "pretrain" else "steps"
     warmup, whole = section[f"warmup_{unit}"], section[unit]
     if warmup > whole:

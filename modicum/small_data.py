@@ -18,6 +18,7 @@ WHY = f"for fewer than {SMALL_DATA:,} images"
 
 
 def is_small(num_images: int) -> bool:
+    """Whether these defaults hold for that many training images."""
     return num_images < SMALL_DATA
 
 

@@ -32,6 +32,7 @@ class Summary:
 
 
 def headline(results: Row) -> str:
+    """The figure of one run in words, of its results.json: the classifier's accuracy, or else kNN's on the pretrained features."""
     found = results["headline"]
     if found["accuracy"] is not None:
         return f"{100 * found['accuracy']:.1f} % with {found['labels']:,} labels"
@@ -44,6 +45,7 @@ def _is_best_knn(row: Row) -> bool:
 
 
 def csv_text(rows: list[Row]) -> str:
+    """Rows as CSV, with every column that any of them has; not by pandas, which would make a count with gaps a float."""
     fields = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, fields)
@@ -98,6 +100,7 @@ def _cells(summary: Summary) -> tuple[str, ...]:
 
 
 def markdown(found: Iterable[Summary]) -> str:
+    """The table for sweep.md, in per cent."""
     lines = [HEADS, ("---", "---", "---", "---:", "---:", "---:"), *map(_cells, found)]
     return (
         "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -106,6 +109,7 @@ def markdown(found: Iterable[Summary]) -> str:
 
 
 def table(title: str, found: Iterable[Summary]) -> Table:
+    """The same for a terminal, the fine-tuned classifiers in bold."""
     drawn = Table(title=Text(title), title_justify="left")
     for head in HEADS:
         drawn.add_column(head, justify="right" if head in {"labels", "accuracy", "runs"} else "left")
