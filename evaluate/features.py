@@ -1,6 +1,7 @@
 """Every image through every frozen network once; all figures of the stage are computed from the features kept here."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -95,11 +96,11 @@ def write_features(path: Path, features: torch.Tensor, fingerprint: str) -> None
 class FeatureStore:
     """Features by name under `folder`, computed at most once per (weights, images, preprocessing, precision).
 
-    `elsewhere` is another run's, which may have them already: that of the backbone that this run starts from.
+    `elsewhere` are the folders of runs that may have them already.
     """
 
-    def __init__(self, folder: Path, hardware: Hardware, batch_size: int, elsewhere: Path | None = None) -> None:
-        self.places = [folder, elsewhere] if elsewhere else [folder]
+    def __init__(self, folder: Path, hardware: Hardware, batch_size: int, elsewhere: Iterable[Path] = ()) -> None:
+        self.places = [folder, *elsewhere]
         self.hardware, self.batch_size = hardware, batch_size
         self._pixels: dict[int, tuple[Pixels, str]] = {}  # the tensor too: freed, its id would go to another
 

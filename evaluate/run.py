@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from modicum.checkpoint import Preprocessing, load_backbone
 from modicum.evaluate import galleries
 from modicum.evaluate.classifiers import Classifiers
 from modicum.evaluate.features import FeatureStore, raw_pixels
+from modicum.evaluate.judged import Found, Judged
 from modicum.evaluate.report import Pictures, write_report
 from modicum.evaluate.results import Findings, results
 from modicum.evaluate.rows import Judge, Sets, cross_validated_rows, knn_rows, linear_rows, row_table
@@ -26,11 +28,13 @@ def run(session: Session) -> None:
     out, settings = session.folder.stage("evaluate"), session.experiment.evaluate
     sets = Sets.of(session.splits, session.images.labels, session.images.num_classes)
     init = session.experiment.finetune.init  # perhaps RUN/pretrain/backbone of another run, which may have been evaluated
-    elsewhere = None if init in ("pretrain", "random") else Path(init).parent.parent / "evaluate" / "features"
-    store = FeatureStore(out / "features", session.hardware, settings.batch_size, elsewhere)
-    judge, found, pictures = Judge(settings, session.experiment.seed), Findings(), Pictures()
+    others = [*session.request.siblings, *([] if init in ("pretrain", "random") else [Path(init).parent.parent])]
+    store = FeatureStore(out / "features", session.hardware, settings.batch_size, [run / "evaluate" / "features" for run in others])
+    judge, judged, found, pictures = Judge(settings, session.experiment.seed), Judged(session), Findings(), Pictures()
     for name, features in feature_sets(session, store, found):
-        judge_features(session, sets, judge, found, name, features)
+        rows, left_out = judged.find(name, features, partial(judge_features, session, sets, judge, name, features))
+        found.rows += rows
+        found.left_out |= left_out
         if name == "pretrained" or (name == "finetuned" and not found.shown):
             found.shown = name
             add_neighbours(session, sets, pictures, name, features)
@@ -63,13 +67,14 @@ def feature_sets(session: Session, store: FeatureStore, found: Findings) -> Iter
     yield "pixels", pixels
 
 
-def judge_features(session: Session, sets: Sets, judge: Judge, found: Findings, name: str, features: np.ndarray) -> None:
+def judge_features(session: Session, sets: Sets, judge: Judge, name: str, features: np.ndarray) -> Found:
     seed, device = session.experiment.seed, session.hardware.device
     if len(sets.test):
-        rows, found.left_out = knn_rows(judge, sets, name, features)
-        found.rows += [*rows, *linear_rows(judge, sets, name, features, seed, device)]
-    elif name != "finetuned":  # whose backbone has seen the very labels that would be held out
-        found.rows += cross_validated_rows(judge, sets, name, features, seed, device)
+        rows, left_out = knn_rows(judge, sets, name, features)
+        return [*rows, *linear_rows(judge, sets, name, features, seed, device)], left_out
+    if name != "finetuned":  # whose backbone has seen the very labels that would be held out
+        return list(cross_validated_rows(judge, sets, name, features, seed, device)), {}
+    return [], {}
 
 
 def add_neighbours(session: Session, sets: Sets, pictures: Pictures, name: str, features: np.ndarray) -> None:

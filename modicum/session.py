@@ -37,6 +37,7 @@ class Request:
     experiment: Experiment  # as asked for, `auto` undecided
     folder: RunFolder
     inputs: dict[str, str]  # what the settings name outside the config -> fingerprint of its content
+    siblings: tuple[Path, ...] = ()  # other run folders, which may have judged the same features
 
     @property
     def stages(self) -> tuple[str, ...]:

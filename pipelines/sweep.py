@@ -1,7 +1,8 @@
 """The same chain over seeds and settings: every run in its own folder, mean and spread in one table.
 
 A seed moves the initialisation, the order and the label draw, never the test set. Runs that agree in stage one (same seed, same
-settings) share its backbone, which saves most of the time; all runs of one process share its imports.
+settings) share its backbone, which saves most of the time; what several of them have to judge alike (raw pixels, a random encoder,
+a shared backbone) is judged by the first, and all runs of one process share its imports.
 """
 
 import gc
@@ -11,7 +12,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modicum.config import load_experiment
@@ -60,11 +61,13 @@ def sweep(
     for member in members:  # all mistakes before the first hour of work
         load_experiment(config, member.overrides)
     backbones = _backbones(config, members, root, init)
+    folders = tuple(member.folder for member in members)
     rows: dict[Member, list[Row]] = {}
     # one bar for all, unless each run draws its own
     with progress("sweep", len(members), "runs", overall=True) if jobs > 1 else nullcontext(lambda: None) as advance:
         for wave in _waves(members, backbones):
             requests = {member: _request(config, member, root, init, backbones) for member in wave}
+            requests = {member: replace(request, siblings=folders) for member, request in requests.items()}
             calls = {member: (request, _stages(request, skip_finetune), force) for member, request in requests.items()}
             with closing(as_they_end(_work, calls, jobs)) as done:  # closed, it stops what is still at work
                 for member, seconds in done:

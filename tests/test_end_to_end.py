@@ -156,6 +156,9 @@ def test_runs_of_a_sweep_in_several_processes_have_the_bits_of_single_ones(finis
     for labels in (50, 60):
         settings = yaml.safe_load((tmp_path / f"runs/digits-sweep/finetune.labels={labels}/seed-0/experiment.yaml").read_text())
         assert settings["finetune"]["init"] == str(run / "pretrain" / "backbone")
+        features = {path.stem for path in (tmp_path / f"runs/digits-sweep/finetune.labels={labels}/seed-0/evaluate/features").iterdir()}
+        assert "finetuned" in features
+        assert not features & {"pretrained", "random"}  # the first run had them
 
 
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path) -> None:

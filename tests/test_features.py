@@ -71,7 +71,7 @@ def test_features_are_computed_once_and_again_only_when_something_changes(tmp_pa
 def test_features_that_another_run_has_are_not_computed_again(tmp_path):
     network, images = Counting(), pixels(5)
     theirs = FeatureStore(tmp_path / "theirs", CPU, 4).features("some", network, PREPROCESSING, images)
-    store = FeatureStore(tmp_path / "mine", CPU, 4, elsewhere=tmp_path / "theirs")
+    store = FeatureStore(tmp_path / "mine", CPU, 4, elsewhere=[tmp_path / "theirs"])
     assert torch.equal(store.features("some", network, PREPROCESSING, images), theirs)
     assert network.seen == 5
     with torch.no_grad():
