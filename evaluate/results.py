@@ -62,6 +62,7 @@ def results(session: Session, sets: Sets, judge: Judge, found: Findings, seconds
         "label_seed": experiment.finetune.label_seed,
         "split_seed": experiment.data.split_seed,
         "init": experiment.finetune.init if experiment.finetune.init in ("pretrain", "random") else "backbone",
+        "finish": experiment.finetune.finish,
         "methods": {"pretrain": experiment.pretrain.method["name"], "finetune": experiment.finetune.method["name"]},
         "backbone": experiment.backbone.name,
         "knn": {"temperature": experiment.evaluate.knn.temperature, "similarity": "cosine"},

@@ -62,8 +62,9 @@ def lines(results: dict[str, Any]) -> list[Line]:
     }[start]
     table.add(first, headline=True, protocol="finetuned")
     table.add(f"{first}, cross-validated on the labels", protocol="finetuned_cross_validated")
+    head = ", head as trained" if results.get("finish") == "propagate" else ""
     for weights, words in WEIGHTS.items():
-        table.add(f"the same training's {words}", protocol="finetuned_weights", weights=weights)
+        table.add(f"the same training's {words}{head}", protocol="finetuned_weights", weights=weights)
     table.add("same network, supervised, from random weights", protocol="supervised", features="random")
     table.add("same network, supervised, from the backbone", protocol="supervised", features="pretrained")
     for features, words in FEATURES.items():

@@ -1,5 +1,6 @@
 """Stage two from a session: fine-tune the classifier, the supervised baselines that it is compared with, the refits that judge it."""
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,9 +21,9 @@ from modicum.finetune.audit import Audit, calibration_error, class_shares
 from modicum.finetune.methods.noisy_student import NoisyStudent
 from modicum.finetune.methods.propagate import Propagate
 from modicum.finetune.outputs import outputs
+from modicum.finetune.propagated_head import propagated_head
 from modicum.finetune.propagation import Propagation
 from modicum.finetune.semi_supervised import KINDS, SemiSupervised
-from modicum.finetune.warm_start import set_head
 from modicum.loop import Monitor, Training
 from modicum.method import find_method, settings_model
 from modicum.networks import Classifier
@@ -48,6 +49,7 @@ class Variant:
     unlabelled: np.ndarray  # rows
     init: str | None  # None: random weights
     warm_start: str = "none"
+    finish: str = "none"
     compared: bool = False  # whether the weights that are not exported are kept, too, to be judged
 
 
@@ -69,9 +71,11 @@ def variants(session: Session) -> list[Variant]:
     supervised = supervised_method()
     unlabelled = unlabelled_rows(settings, session.splits)
     title = f"finetune {settings.method['name']}"
-    chosen = [Variant(title, folder, settings.method, labelled, unlabelled, start, settings.warm_start, compared=True)]
+    how = {"warm_start": settings.warm_start, "finish": settings.finish}
+    chosen = [Variant(title, folder, settings.method, labelled, unlabelled, start, **how, compared=True)]
     for name, rows, init in (("random", labelled, None), ("pretrained", labelled, start), ("all_labels", everything, start)):
-        same = any((supervised, init, len(rows), "none") == (v.method, v.init, len(v.labelled), v.warm_start) for v in chosen)
+        plain = supervised, init, len(rows), "none", "none"
+        same = any(plain == (v.method, v.init, len(v.labelled), v.warm_start, v.finish) for v in chosen)
         if name in settings.baselines and not same:
             chosen.append(Variant(f"baseline {name}", folder / "baselines" / name, supervised, rows, unlabelled, init))
     return chosen + refits(session, chosen[0])
@@ -147,10 +151,14 @@ def train(session: Session, variant: Variant) -> None:
 
 
 def save(session: Session, variant: Variant, method: SemiSupervised) -> None:
-    """The exported weights, as the settings say; no image has a say in it. Beside them those of other kinds, where they differ."""
+    """The exported weights, as the settings say; no test image has a say in it. Beside them those of other kinds, where they differ."""
     experiment, names = session.experiment, session.images.class_names
     preprocessing = Preprocessing.of(experiment.data)
-    saved = [method.classifier(experiment.finetune.export)]
+    exported = method.classifier(experiment.finetune.export)
+    if variant.finish == "propagate":
+        exported = copy.deepcopy(exported)
+        finish_head(session, variant, method, exported)
+    saved = [exported]
     for kind in KINDS if variant.compared else ():
         other = method.classifier(kind)
         if not any(same(other, one) for one in saved):
@@ -247,11 +255,23 @@ def start_head(session: Session, variant: Variant, method: SemiSupervised, monit
     if not (isinstance(method, Propagate) or variant.warm_start == "propagate"):
         return
     method.to(session.hardware.device)
-    how = method.how if isinstance(method, Propagate) else Propagation()
-    figures = set_head(session, method, variant.labelled, how)
+    weight, bias, figures = propagated_head(session, method.student.backbone, variant.labelled, propagation_of(method))
+    method.start_head(weight, bias)
     for monitor in monitors:
         figures |= monitor.read(0)
     Metrics(variant.folder / "metrics.csv", resume_step=-1).write(0, figures)
+
+
+def finish_head(session: Session, variant: Variant, method: SemiSupervised, classifier: Classifier) -> None:
+    """Fits the classifier's head anew, to labels propagated over the features that the training has made."""
+    weight, bias, figures = propagated_head(session, classifier.backbone, variant.labelled, propagation_of(method))
+    classifier.set_head(weight, bias)
+    steps = session.experiment.finetune.steps
+    Metrics(variant.folder / "metrics.csv", resume_step=steps).write(steps + 1, figures)  # after the last
+
+
+def propagation_of(method: SemiSupervised) -> Propagation:
+    return method.how if isinstance(method, Propagate) else Propagation()
 
 
 def unlabelled_rows(settings: FinetuneSettings, splits: pd.DataFrame) -> np.ndarray:

@@ -50,13 +50,11 @@ class SemiSupervised(Method):
     def prepare(self, batch: Batch) -> None:
         self.average.start(self.student, batch["unlabelled" if "unlabelled" in batch else "labelled"].view(0))
 
-    @torch.no_grad()
     def start_head(self, weight: Tensor, bias: Tensor) -> None:
         """Sets the head (C, D), (C,) of every classifier, the student's average included, before the first step."""
         for network in self.modules():
             if isinstance(network, Classifier):
-                network.head.weight.copy_(weight)
-                network.head.bias.copy_(bias)
+                network.set_head(weight, bias)
 
     def features(self, *images: Tensor) -> list[Tensor]:
         """The student's features of several sets of images in ONE pass, so that all are normalised by the same mixture."""

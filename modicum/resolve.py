@@ -67,7 +67,7 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             start = {
                 "ema_momentum": decide_momentum(0.999, section["steps"], share=0.1),
                 "export": _export(section["method"]),
-                "warm_start": _warm_start(experiment.finetune, method, num_images),
+                **_propagation(experiment.finetune, method, num_images),
             }
             decide("finetune.", _only_auto(section, start))
             refuse_idle_rates(experiment.finetune, architecture)
@@ -197,14 +197,26 @@ def _export(method: dict[str, Any]) -> tuple[str, str]:
     return "ema", "averaged weights"
 
 
-def _warm_start(settings: FinetuneSettings, method: type[Method], num_images: int) -> tuple[str, str]:
+def _propagation(settings: FinetuneSettings, method: type[Method], num_images: int) -> Decisions:
+    """Whether labels are propagated over the backbone's features before the first step, and after the last over those that it made."""
+    why_not = None
     if "unlabelled" not in method.views:
-        return "none", f"{settings.method['name']} learns from labels alone"
-    if settings.init == "random" or settings.labels == "all":
-        return "none", "random weights know no neighbours" if settings.init == "random" else "no image is without a label"
-    if num_images > MOST_PROPAGATED:
-        return "none", f"the search for neighbours among {num_images:,} images would take long"
-    return "propagate", "where labels are few, the start decides"
+        why_not = f"{settings.method['name']} learns from labels alone" if method.views else "it is what the method does"
+    elif settings.labels == "all":
+        why_not = "no image is without a label"
+    elif num_images > MOST_PROPAGATED:
+        why_not = f"the search for neighbours among {num_images:,} images would take long"
+    if why_not:
+        return {"warm_start": ("none", why_not), "finish": ("none", why_not)}
+    start = (
+        ("none", "random weights know no neighbours")
+        if settings.init == "random"
+        else ("propagate", "where labels are few, the start decides")
+    )
+    end = (
+        ("none", "the backbone stays as it is") if settings.frozen else ("propagate", "neighbours in tuned features say more than the head")
+    )
+    return {"warm_start": start, "finish": end}
 
 
 def _data(images: Images, settings: DataSettings) -> Decisions:

@@ -12,10 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from modicum.checkpoint import Preprocessing, save_backbone
+from modicum.checkpoint import Preprocessing, load_backbone, save_backbone
 from modicum.config import load_experiment
 from modicum.data.images import Images
 from modicum.errors import InputError
+from modicum.finetune.propagated_head import propagated_head
+from modicum.finetune.propagation import Propagation
 from modicum.finetune.run import optimizer_groups, same, train, variants
 from modicum.finetune.semi_supervised import KINDS, SemiSupervised
 from modicum.method import Facts, Progress, find_method
@@ -27,7 +29,7 @@ from modicum.resolve import resolve
 from modicum.settings import BackboneSettings, FinetuneSettings, OptimizerSettings, TeacherSettings
 
 FIXMATCH = "finetune.method={name: fixmatch, threshold: 0.1, teacher: {norm: %s, momentum: 0.9}}"
-SMALL = ["finetune.steps=4", "finetune.warm_start=none"]
+SMALL = ["finetune.steps=4", "finetune.warm_start=none", "finetune.finish=none"]
 
 
 class Normed(nn.Module):
@@ -120,6 +122,29 @@ def test_the_settings_say_which_weights_are_exported_and_the_others_lie_beside(
     assert torch.equal(state["average.network.head.weight"], found["eman"]["fc.weight"])
     train(session, baselines[0])
     assert not (baselines[0].folder / "weights").exists()
+
+
+def test_a_head_fitted_after_the_last_step_stands_on_the_exported_backbone_and_the_trained_ones_lie_beside(
+    session_of: Callable[..., Any], digits: Images, tmp_path: Path, start: Path
+) -> None:
+    session = session_of(digits, tmp_path, FIXMATCH % "eman", f"finetune.init={start}", "finetune.finish=propagate")
+    main, *baselines = variants(session)
+    assert {baseline.finish for baseline in baselines} == {"none"}
+    train(session, main)
+    folder = tmp_path / "finetune"
+    exported, trained = weights(folder / "classifier"), {kind: weights(folder / "weights" / kind) for kind in KINDS}
+    head = {"fc.weight", "fc.bias"}
+    assert {name for name, value in exported.items() if not torch.equal(value, trained["eman"][name])} == head
+    backbone = load_backbone(folder / "backbone")[0].to(memory_format=torch.channels_last)  # as in training, to the last bit
+    weight, bias, figures = propagated_head(session, backbone, main.labelled, Propagation())
+    assert torch.equal(exported["fc.weight"], weight.float())
+    assert torch.equal(exported["fc.bias"], bias.float())
+    rows = Metrics.read(folder / "metrics.csv")
+    assert [row for row in rows if row[0] > 4] == [(5, "propagated_label_accuracy", figures["propagated_label_accuracy"])]
+    before = (folder / "metrics.csv").read_bytes()
+    train(session, main)  # as after a kill just before the classifier was written
+    assert (folder / "metrics.csv").read_bytes() == before
+    assert all(torch.equal(value, exported[name]) for name, value in weights(folder / "classifier").items())
 
 
 @pytest.mark.parametrize(

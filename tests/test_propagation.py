@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from modicum.data.images import Images
 from modicum.errors import InputError
 from modicum.finetune.methods.propagate import Propagate
+from modicum.finetune.propagated_head import DECAY, fit_head, propagated_head
 from modicum.finetune.propagation import Propagation, neighbour_graph, spread
-from modicum.finetune.warm_start import DECAY, fit_head, set_head
 from modicum.hardware import Hardware
 from modicum.method import Facts
 from modicum.networks import create_backbone
@@ -145,7 +145,9 @@ def propagated(session: Cardboard) -> tuple[Propagate, dict[str, float]]:
     backbone = create_backbone(BackboneSettings(), 1, 16, seed=0)
     method = Propagate.from_settings(backbone, Facts(60, 3, 16, 10, 4), 0, {})
     assert isinstance(method, Propagate)
-    return method, set_head(session, method, np.arange(6), method.how)  # type: ignore[arg-type]
+    weight, bias, figures = propagated_head(session, method.student.backbone, np.arange(6), method.how)  # type: ignore[arg-type]
+    method.start_head(weight, bias)
+    return method, figures
 
 
 def test_the_head_of_propagated_labels_judges_new_images() -> None:

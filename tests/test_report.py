@@ -75,7 +75,7 @@ def session_of(folder, splits, class_names, *, stages=("pretrain", "finetune"), 
     paths = [f"digits/{at}&{EVIL if at == 0 else ''}.png" for at in range(len(splits))]
     manifest = pd.DataFrame({"id": paths, "path": paths, "label": labels, "split": np.where(splits == "test", "test", "train")})
     images = Images("digits", torch.from_numpy(pixels.reshape(-1, 1, 8, 8) * 15.9).byte(), manifest, class_names, False)
-    experiment = Experiment.model_validate({**SETTINGS, "finetune": {"labels": 40, "init": init}})
+    experiment = Experiment.model_validate({**SETTINGS, "finetune": {"labels": 40, "init": init, "finish": "propagate"}})
     run_folder = RunFolder(folder)
     backbone = create_backbone(experiment.backbone, 1, 8, seed=1)
     preprocessing = Preprocessing.of(experiment.data)
@@ -98,7 +98,7 @@ def session_of(folder, splits, class_names, *, stages=("pretrain", "finetune"), 
     table = manifest.assign(split=splits)
     hardware = Hardware(torch.device("cpu"), "fp32", 1)
     everything = {"name": "digits", "requested": experiment, "experiment": experiment, "images": images, "splits": table}
-    return SimpleNamespace(**everything, folder=run_folder, hardware=hardware)
+    return SimpleNamespace(**everything, folder=run_folder, hardware=hardware, request=SimpleNamespace(siblings=()))
 
 
 NAMES = (EVIL, *"123456789")
@@ -211,7 +211,7 @@ def test_report_says_how_to_repeat_the_run(finished):
     line = next(line for line in (folder / "report.md").read_text().splitlines() if line.startswith("modicum run digits --run AGAIN"))
     _, *given = shlex.split(line)
     again = load_experiment("digits", given[4:])
-    expected = Experiment.model_validate({**SETTINGS, "finetune": {"labels": 40, "init": "pretrain"}})
+    expected = Experiment.model_validate({**SETTINGS, "finetune": {"labels": 40, "init": "pretrain", "finish": "propagate"}})
     assert again == expected
 
 
@@ -227,7 +227,7 @@ def test_table_says_in_plain_words_what_was_done(finished):
     text = shown(results)
     for words in (
         "Modicum: pretrained (MoCo v2), then FixMatch",
-        "the same training's last weights (student)",
+        "the same training's last weights (student), head as trained",
         "same network, supervised, from random weights",
         "same network, supervised, from the backbone",
         "linear probe on pretrained features",

@@ -101,19 +101,24 @@ def test_large_data_have_the_papers_constants(digits: Images, all_data_is_large:
 
 
 @pytest.mark.parametrize(
-    ("override", "start", "why"),
+    ("override", "start", "why", "finish", "why_last"),
     [
-        ("finetune.method=fixmatch", "propagate", "the start decides"),
-        ("finetune.method=supervised", "none", "from labels alone"),
-        ("finetune.init=random", "none", "no neighbours"),
-        ("finetune.labels=all", "none", "without a label"),
-        ("finetune.warm_start=none", "none", None),
+        ("finetune.method=fixmatch", "propagate", "the start decides", "propagate", "neighbours in tuned features"),
+        ("finetune.method=supervised", "none", "from labels alone", "none", "from labels alone"),
+        ("finetune.method=propagate", "none", "what the method does", "none", "what the method does"),
+        ("finetune.init=random", "none", "no neighbours", "propagate", "neighbours in tuned features"),
+        ("finetune.backbone_lr_scale=0", "propagate", "the start decides", "none", "stays as it is"),
+        ("finetune.labels=all", "none", "without a label", "none", "without a label"),
+        ("finetune={warm_start: none, finish: none}", "none", None, "none", None),
     ],
 )
-def test_labels_are_propagated_where_a_backbone_knows_neighbours(digits: Images, override: str, start: str, why: str | None) -> None:
+def test_labels_are_propagated_where_a_backbone_knows_neighbours(
+    digits: Images, override: str, start: str, why: str | None, finish: str, why_last: str | None
+) -> None:
     experiment, reasons = resolved(digits, override)
-    assert experiment.finetune.warm_start == start
+    assert (experiment.finetune.warm_start, experiment.finetune.finish) == (start, finish)
     assert why is None or why in reasons["finetune.warm_start"].why
+    assert why_last is None or why_last in reasons["finetune.finish"].why
 
 
 def test_no_one_waits_for_neighbours_among_very_many_images_unasked(digits: Images, monkeypatch: pytest.MonkeyPatch) -> None:

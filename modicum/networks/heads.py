@@ -1,5 +1,6 @@
 """What stands on a backbone: projectors and predictors as the papers have them, and the classifier."""
 
+import torch
 from torch import Tensor, nn
 
 from modicum.networks.backbones import Backbone
@@ -24,3 +25,9 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))
+
+    @torch.no_grad()
+    def set_head(self, weight: Tensor, bias: Tensor) -> None:
+        """Gives the head these weights (num_classes, D) and biases (num_classes,)."""
+        self.head.weight.copy_(weight)
+        self.head.bias.copy_(bias)

@@ -1,4 +1,4 @@
-"""A head before the first step: fitted to labels that were spread over the frozen backbone's features of the training images."""
+"""A head fitted to labels that were spread over a backbone's features of the training images: before the first step, or after the last."""
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from modicum.data.images import UNKNOWN
 from modicum.finetune.outputs import outputs
 from modicum.finetune.propagation import Propagation
-from modicum.finetune.semi_supervised import SemiSupervised
+from modicum.networks import Backbone
 from modicum.record import say
 from modicum.session import Session
 
@@ -16,23 +16,25 @@ DECAY = 1e-3  # of the squared weights; a tenth or ten times of it moves 0.5 poi
 ITERATIONS = 100
 
 
-def set_head(session: Session, method: SemiSupervised, labelled: np.ndarray, how: Propagation) -> dict[str, float]:
-    """Sets the method's head from the labels of the rows `labelled`; test and validation images have no part in it.
+def propagated_head(
+    session: Session, backbone: Backbone, labelled: np.ndarray, how: Propagation
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Weight (C, D) and bias (C,) from the labels of the rows `labelled`; test and validation images have no part in it.
 
-    Returns, for the record, the share of the spread labels that are right where the truth is known.
+    With them, for the record, the share of the spread labels that are right where the truth is known.
     """
     images, splits = session.images, session.splits["split"]
     rows = np.union1d(labelled, np.flatnonzero(splits.isin(["labelled", "unlabelled"])))
-    features = outputs(session, method.student.backbone.to(session.hardware.device), torch.from_numpy(rows))
+    features = outputs(session, backbone.to(session.hardware.device), torch.from_numpy(rows))
     given = np.where(np.isin(rows, labelled), images.labels[rows], UNKNOWN)
     targets = how(features.numpy(), given, images.num_classes)
-    method.start_head(*fit_head(features, torch.from_numpy(targets)))
+    weight, bias = fit_head(features, torch.from_numpy(targets))
     judged = (images.labels[rows] != UNKNOWN) & (given == UNKNOWN)
     if not judged.any():
-        return {}
+        return weight, bias, {}
     right = float((targets.argmax(axis=1) == images.labels[rows])[judged].mean())
     say(f"labels propagated to {len(rows) - len(labelled):,} images: {right:.1%} right where the truth is known")
-    return {"propagated_label_accuracy": right}
+    return weight, bias, {"propagated_label_accuracy": right}
 
 
 def fit_head(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
