@@ -8,7 +8,8 @@ import numpy as np
 
 from modicum import distributed
 from modicum.config import validate
-from modicum.data.images import Images
+from modicum.data.images import UNKNOWN, Images
+from modicum.data.splits import num_labels
 from modicum.errors import InputError
 from modicum.exchange import initial_backbone, refuse_unfit_teacher
 from modicum.method import Decisions, Facts, Method, decide_momentum, find_method, settings_model
@@ -22,6 +23,7 @@ from modicum.views.policies import build_policy
 
 MONITOR_READINGS = 20  # of the online kNN monitor over a run
 MOST_PROPAGATED = 200_000  # images among which labels are propagated unasked
+FEW_A_CLASS = 20  # labels, below which a head from propagated labels ends better than a trained one: docs/results.md
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             start = {
                 "ema_momentum": decide_momentum(0.999, section["steps"], share=0.1),
                 "export": _export(section["method"]),
-                **_propagation(experiment.finetune, method, num_images),
+                **_propagation(experiment.finetune, method, images),
             }
             decide("finetune.", _only_auto(section, start))
             refuse_idle_rates(experiment.finetune, architecture)
@@ -197,25 +199,28 @@ def _export(method: dict[str, Any]) -> tuple[str, str]:
     return "ema", "averaged weights"
 
 
-def _propagation(settings: FinetuneSettings, method: type[Method], num_images: int) -> Decisions:
+def _propagation(settings: FinetuneSettings, method: type[Method], images: Images) -> Decisions:
     """Whether labels are propagated over the backbone's features before the first step, and after the last over those that it made."""
-    why_not = None
+    known = images.labels[images.rows("train")] != UNKNOWN
+    given, why_not = num_labels(settings.labels, int(known.sum())), None
     if "unlabelled" not in method.views:
         why_not = f"{settings.method['name']} learns from labels alone" if method.views else "it is what the method does"
-    elif settings.labels == "all":
-        why_not = "no image is without a label"
-    elif num_images > MOST_PROPAGATED:
-        why_not = f"the search for neighbours among {num_images:,} images would take long"
+    elif given in (0, len(known)):
+        why_not = "no image is without a label" if given else "no image has a label"
+    elif len(known) > MOST_PROPAGATED:
+        why_not = f"the search for neighbours among {len(known):,} images would take long"
     if why_not:
         return {"warm_start": ("none", why_not), "finish": ("none", why_not)}
-    start = (
-        ("none", "random weights know no neighbours")
-        if settings.init == "random"
-        else ("propagate", "where labels are few, the start decides")
+    start, end = (
+        ("propagate", "where labels are few, the start decides"),
+        ("propagate", "with few labels neighbours know more than the head"),
     )
-    end = (
-        ("none", "the backbone stays as it is") if settings.frozen else ("propagate", "neighbours in tuned features say more than the head")
-    )
+    if settings.init == "random":
+        start = "none", "random weights know no neighbours"
+    if settings.frozen:
+        end = "none", "the backbone stays as it is"
+    elif given >= FEW_A_CLASS * images.num_classes:
+        end = "none", f"from {FEW_A_CLASS} labels a class up the head knows more than neighbours"
     return {"warm_start": start, "finish": end}
 
 

@@ -1,10 +1,13 @@
 """Every `auto` becomes a number with a reason; what cannot be is refused before anything is made."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from modicum import small_data
 from modicum.config import flatten, load_experiment
-from modicum.data.images import Images
+from modicum.data.images import UNKNOWN, Images
 from modicum.data.sources import load_images
 from modicum.errors import InputError
 from modicum.resolve import Reason, resolve, view_arguments
@@ -103,12 +106,14 @@ def test_large_data_have_the_papers_constants(digits: Images, all_data_is_large:
 @pytest.mark.parametrize(
     ("override", "start", "why", "finish", "why_last"),
     [
-        ("finetune.method=fixmatch", "propagate", "the start decides", "propagate", "neighbours in tuned features"),
+        ("finetune.method=fixmatch", "propagate", "the start decides", "propagate", "know more than the head"),
         ("finetune.method=supervised", "none", "from labels alone", "none", "from labels alone"),
         ("finetune.method=propagate", "none", "what the method does", "none", "what the method does"),
-        ("finetune.init=random", "none", "no neighbours", "propagate", "neighbours in tuned features"),
+        ("finetune.init=random", "none", "no neighbours", "propagate", "know more than the head"),
         ("finetune.backbone_lr_scale=0", "propagate", "the start decides", "none", "stays as it is"),
         ("finetune.labels=all", "none", "without a label", "none", "without a label"),
+        ("finetune.labels=200", "propagate", "the start decides", "none", "from 20 labels a class up"),
+        ("finetune.labels=10%", "propagate", "the start decides", "propagate", "know more than the head"),
         ("finetune={warm_start: none, finish: none}", "none", None, "none", None),
     ],
 )
@@ -119,6 +124,16 @@ def test_labels_are_propagated_where_a_backbone_knows_neighbours(
     assert (experiment.finetune.warm_start, experiment.finetune.finish) == (start, finish)
     assert why is None or why in reasons["finetune.warm_start"].why
     assert why_last is None or why_last in reasons["finetune.finish"].why
+
+
+def test_all_the_labels_that_a_few_images_have_are_few_labels(digits: Images) -> None:
+    few = digits.labels.copy()
+    few[np.r_[50 : len(few)]] = UNKNOWN
+    for labels, found in ((few, "propagate"), (np.full(len(few), UNKNOWN), "none")):
+        experiment, _ = resolve(
+            load_experiment("digits", ["finetune.labels=all"]), replace(digits, manifest=digits.manifest.assign(label=labels))
+        )
+        assert (experiment.finetune.warm_start, experiment.finetune.finish) == (found, found)
 
 
 def test_no_one_waits_for_neighbours_among_very_many_images_unasked(digits: Images, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ def draw_labels(
         raise InputError(f"No training image carries the label {', '.join(map(repr, missing[:20]))}: label one, or remove the class.")
     if request == "all":
         return np.flatnonzero(labels >= 0)
-    total = _total(request, int(counts.sum()))
+    total = num_labels(request, int(counts.sum()))
     if total < num_classes:
         raise InputError(
             f"finetune.labels={request} gives {total} labels, fewer than the {num_classes} classes: ask for {num_classes} or more."
@@ -53,9 +53,12 @@ def draw_labels(
     return drawn
 
 
-def _total(request: int | str, known: int) -> int:
+def num_labels(request: int | str, known: int) -> int:
+    """How many labels `finetune.labels` asks for, where `known` training images have one."""
     if not isinstance(request, str):
         return request
+    if request == "all":
+        return known
     percent = float(request.removesuffix("%"))
     if percent > 100:
         raise InputError(f"finetune.labels={request} is more than all: the share may be at most 100%.")
