@@ -31,7 +31,8 @@ class Propagation:
 
         Zhou's scores are shares of influence and stay soft; Poisson's are no probabilities, so that only the class counts.
         """
-        scores = spread(neighbour_graph(features, self.neighbours), labels, num_classes, self.kind, self.alpha)
+        graph = neighbour_graph(features, min(self.neighbours, len(features) - 1))
+        scores = spread(graph, labels, num_classes, self.kind, self.alpha)
         return scores if self.kind == "zhou" else np.eye(num_classes)[scores.argmax(axis=1)]
 
 

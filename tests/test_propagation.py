@@ -167,6 +167,12 @@ def test_test_images_have_no_part_in_it_and_it_repeats_itself() -> None:
     assert torch.equal(first, other)
 
 
+def test_a_handful_of_images_are_all_neighbours() -> None:
+    rows, truth = clouds(2)
+    targets = Propagation(neighbours=10)(rows, np.where(np.arange(6) % 2, -1, truth), 3)
+    assert targets.argmax(axis=1).tolist() == truth.tolist()
+
+
 def test_more_neighbours_than_images_are_refused() -> None:
     with pytest.raises(InputError, match="choose fewer"):
         Propagate.decide({"neighbours": 60}, Facts(60, 3, 16, 10, 4))
