@@ -211,10 +211,8 @@ def _propagation(settings: FinetuneSettings, method: type[Method], images: Image
         why_not = f"the search for neighbours among {len(known):,} images would take long"
     if why_not:
         return {"warm_start": ("none", why_not), "finish": ("none", why_not)}
-    start, end = (
-        ("propagate", "where labels are few, the start decides"),
-        ("propagate", "with few labels neighbours know more than the head"),
-    )
+    start = "propagate", "where labels are few, the start decides"
+    end = "propagate", "with few labels neighbours know more than the head"
     if settings.init == "random":
         start = "none", "random weights know no neighbours"
     if settings.frozen:
