@@ -20,6 +20,7 @@ from modicum.settings import BackboneSettings, Experiment
 
 CASES = [
     ("resnet10_small", 16, 1),
+    ("resnet10d_tiny", 16, 1),
     ("resnet18", 28, 1),
     ("resnet18", 64, 3),
     ("vit_tiny_patch16_224", 32, 3),
@@ -47,10 +48,12 @@ def test_backbones_give_features_of_the_stated_size(name: str, size: int, channe
     assert backbone(images(2, channels, size)).shape == (2, backbone.num_features)
 
 
-def test_small_images_keep_their_resolution_in_the_stem() -> None:
-    small = create_backbone(BackboneSettings(name="resnet18"), 3, 32, seed=0).network
-    large = create_backbone(BackboneSettings(name="resnet18"), 3, 224, seed=0).network
+@pytest.mark.parametrize("name", ["resnet18", "resnet18d"])
+def test_small_images_keep_their_resolution_in_the_stem(name: str) -> None:
+    small = create_backbone(BackboneSettings(name=name), 3, 32, seed=0).network
+    large = create_backbone(BackboneSettings(name=name), 3, 224, seed=0).network
     assert small.conv1(images(1, 3, 32)).shape[-1] == 32
+    assert isinstance(small.maxpool, torch.nn.Identity)
     assert large.conv1(images(1, 3, 224)).shape[-1] == 112
 
 

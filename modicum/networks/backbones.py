@@ -1,4 +1,4 @@
-"""Any of timm's architectures by name, and two small residual networks made for the examples on a CPU."""
+"""Any of timm's architectures by name, and three small residual networks made for the examples on a CPU."""
 
 import difflib
 import inspect
@@ -19,6 +19,11 @@ from modicum.settings import BackboneSettings
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet10_small": ("resnet18", {"layers": [1, 1, 1, 1], "channels": [32, 64, 128, 256]}),
     "resnet10_tiny": ("resnet18", {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 128]}),
+    # The others' stem is 64 channels wide, wider than their first layers, and takes nearly half of a step of resnet10_tiny.
+    "resnet10d_tiny": (
+        "resnet18",
+        {"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 256], "stem_type": "deep", "stem_width": 8, "avg_down": True},
+    ),
 }
 
 

@@ -15,6 +15,7 @@ Stem = dict[str, dict[str, Any] | None]
 # The first convolution and, where there is one, the pooling behind it, of the families of timm's convolutional networks.
 FIRST_LAYERS = [
     ("conv1", "maxpool"),
+    ("conv1.0", "maxpool"),
     ("conv_stem", None),
     ("features.conv0", "features.pool0"),
     ("stem.conv", "stem.pool"),
