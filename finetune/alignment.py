@@ -13,7 +13,8 @@ from modicum.method import Facts
 
 MOMENTUM = 0.95  # of the running mean of guesses; the paper averages its last 128 batches
 PRIOR_MOMENTUM = 0.99  # of an estimated prior, which must move more slowly than the guesses that it corrects
-Prior = Literal["none", "uniform", "labelled", "estimated"] | list[Annotated[float, Gt(0)]]
+KnownPrior = Literal["none", "uniform", "labelled"] | list[Annotated[float, Gt(0)]]
+Prior = KnownPrior | Literal["estimated"]
 
 
 class RunningMean(nn.Module):
@@ -48,6 +49,11 @@ class DistributionAlignment(RunningMean):
         shares = {"given": prior, "labelled": facts.class_shares, "estimated": facts.class_shares}
         self.register_buffer("prior", torch.tensor(shares.get(self.kind, [1.0] * facts.num_classes)))
         assert len(self.prior) == facts.num_classes
+
+    @property
+    def known_prior(self) -> tuple[float, ...] | None:
+        """The shares (C,) that guesses are aligned to all along; None where there are none."""
+        return None if self.kind in ("none", "estimated") else tuple((self.prior / self.prior.sum()).tolist())
 
     @torch.no_grad()
     def forward(self, probabilities: Tensor, prior: Tensor | None = None) -> Tensor:

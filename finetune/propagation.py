@@ -12,6 +12,8 @@ from scipy import sparse
 from modicum.neighbours import normalise, search
 
 Kind = Literal["zhou", "poisson"]
+SHARPNESS = 2  # power of Zhou's shares that makes them as sure as they are right: docs/results.md
+ROUNDS = 100  # of scaling classes and images in turn: half a second for 60,000 images, and the classes' shares are right to 0.002 points
 MOST_PRODUCTS = 2000
 TOLERANCE = 1e-6  # of the residual, relative to the right-hand side
 # Poisson's equation has the factor 1, for which a part of the graph without labels has no solution; there this one gives zeros.
@@ -25,15 +27,31 @@ class Propagation:
     kind: Kind = "zhou"
     neighbours: int = 10
     alpha: float = 0.99
+    prior: tuple[float, ...] | None = None  # share of the images that each class is meant to have; of zhou
 
     def __call__(self, features: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
         """Targets float64 (N, C) for a head, rows summing to 1, from `features` (N, D) and `labels` int64 (N,), -1 for none.
 
-        Zhou's scores are shares of influence and stay soft; Poisson's are no probabilities, so that only the class counts.
+        Zhou's scores are shares of influence and stay soft, sharpened and, with a `prior`, aligned to it; Poisson's are no
+        probabilities, so that only the class counts.
         """
         graph = neighbour_graph(features, min(self.neighbours, len(features) - 1))
         scores = spread(graph, labels, num_classes, self.kind, self.alpha)
-        return scores if self.kind == "zhou" else np.eye(num_classes)[scores.argmax(axis=1)]
+        if self.kind == "poisson":
+            return np.eye(num_classes)[scores.argmax(axis=1)]
+        return aligned(scores**SHARPNESS, self.prior)
+
+
+def aligned(scores: np.ndarray, prior: tuple[float, ...] | None) -> np.ndarray:
+    """Rows of `scores` (N, C), positive, scaled to sum to 1, and classes scaled so that their means are `prior`, which sums to 1.
+
+    Class mass normalisation (Zhu 2003, "Semi-supervised learning using Gaussian fields", ICML, section 4), repeated until both hold.
+    """
+    scores = scores / scores.sum(axis=1, keepdims=True)
+    for _ in range(ROUNDS if prior else 0):
+        scores *= prior / scores.mean(axis=0)
+        scores /= scores.sum(axis=1, keepdims=True)
+    return scores
 
 
 def neighbour_graph(features: np.ndarray, k: int) -> sparse.csr_array:

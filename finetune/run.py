@@ -271,7 +271,7 @@ def finish_head(session: Session, variant: Variant, method: SemiSupervised, clas
 
 
 def propagation_of(method: SemiSupervised) -> Propagation:
-    return method.how if isinstance(method, Propagate) else Propagation()
+    return method.how if isinstance(method, Propagate) else Propagation(prior=method.class_prior)
 
 
 def unlabelled_rows(settings: FinetuneSettings, splits: pd.DataFrame) -> np.ndarray:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from modicum import distributed
 from modicum.data.stream import Batch, Sample
 from modicum.errors import InputError
-from modicum.finetune.alignment import check_prior
+from modicum.finetune.alignment import DistributionAlignment, check_prior
 from modicum.method import Decisions, Facts, Method, Progress, Recipe, decide_momentum
 from modicum.networks import Backbone, Classifier
 from modicum.settings import AUTO, TeacherSettings
@@ -91,6 +91,12 @@ class SemiSupervised(Method):
 
     def after_step(self, progress: Progress) -> None:
         self.average.update(self.student)
+
+    @property
+    def class_prior(self) -> tuple[float, ...] | None:
+        """The shares (C,) that the method aligns what it learns to, for labels that are propagated before and after it."""
+        align = getattr(self, "align", None)
+        return align.known_prior if isinstance(align, DistributionAlignment) else None
 
     @property
     def average_kind(self) -> str:

@@ -1,5 +1,6 @@
 """Classes that do not occur equally often: how labelled images are drawn, what guesses are aligned to, and a long tail end to end."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +17,14 @@ from modicum.data.stream import Stream
 from modicum.errors import InputError
 from modicum.finetune.alignment import MOMENTUM, PRIOR_MOMENTUM, DistributionAlignment, Prior
 from modicum.finetune.audit import effective_classes
-from modicum.finetune.run import train, variants
+from modicum.finetune.run import propagation_of, train, variants
 from modicum.hardware import Hardware
-from modicum.method import Facts
+from modicum.method import Facts, find_method
+from modicum.networks import create_backbone
 from modicum.record import Metrics
 from modicum.resolve import resolve
 from modicum.run_folder import RunFolder
+from modicum.settings import BackboneSettings
 
 SHARES = (0.6, 0.3, 0.1)
 FACTS = Facts(100, 3, 8, 10, 4, class_shares=SHARES)
@@ -64,6 +67,28 @@ def test_alignment_scales_guesses_to_the_prior_and_remembers_their_mean(prior: P
         np.testing.assert_allclose(align(given).numpy(), expected, atol=1e-7)
         if prior == "estimated":
             target = PRIOR_MOMENTUM * target + (1 - PRIOR_MOMENTUM) * expected.mean(axis=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "alignment", "wanted"),
+    [
+        ("fixmatch", "none", None),
+        ("fixmatch", "uniform", (1 / 3,) * 3),
+        ("fixmatch", "labelled", SHARES),
+        ("fixmatch", [0.2, 0.2, 0.6], (0.2, 0.2, 0.6)),
+        ("fixmatch", "estimated", None),  # not known before the run
+        ("adamatch", "predicted", SHARES),  # as often as on the labelled images
+        ("softmatch", "uniform", None),  # it aligns no label that is learnt
+        ("entropy_min", None, None),
+    ],
+)
+def test_propagated_labels_follow_the_shares_that_the_method_aligns_to(name: str, alignment: Any, wanted: tuple[float, ...] | None) -> None:
+    settings = {} if alignment is None else {"distribution_alignment": alignment}
+    backbone = create_backbone(BackboneSettings(name="resnet10d_tiny"), 1, 8, seed=0)
+    method = find_method("finetune", name).from_settings(backbone, replace(FACTS, steps=100), 0, settings)
+    found = propagation_of(method).prior  # type: ignore[arg-type]
+    assert (found is None) == (wanted is None)
+    np.testing.assert_allclose(found or (), wanted or ())
 
 
 def test_without_alignment_guesses_stay_as_they_are() -> None:

@@ -10,7 +10,7 @@ from modicum.data.images import Images
 from modicum.errors import InputError
 from modicum.finetune.methods.propagate import Propagate
 from modicum.finetune.propagated_head import DECAY, fit_head, propagated_head
-from modicum.finetune.propagation import Propagation, neighbour_graph, spread
+from modicum.finetune.propagation import SHARPNESS, Propagation, aligned, neighbour_graph, spread
 from modicum.hardware import Hardware
 from modicum.method import Facts
 from modicum.networks import create_backbone
@@ -99,6 +99,28 @@ def test_one_label_a_cloud_labels_the_cloud(kind: str) -> None:
     assert (targets.argmax(axis=1) == truth).mean() > 0.95
 
 
+def test_shares_are_sharpened_and_keep_their_order() -> None:
+    rows, _ = clouds(20)
+    labels = some_labels(60, 3)
+    scores = spread(neighbour_graph(rows, 10), labels, 3, "zhou") ** SHARPNESS
+    np.testing.assert_allclose(Propagation()(rows, labels, 3), scores / scores.sum(axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("prior", [(0.25, 0.25, 0.25, 0.25), (0.7, 0.1, 0.1, 0.1)])
+def test_aligned_shares_have_the_classes_as_often_as_they_should(prior: tuple[float, ...]) -> None:
+    scores = np.exp(features(500, 4) + [0, 1, 2, 3])
+    shares = aligned(scores, prior)
+    np.testing.assert_allclose(shares.sum(axis=1), 1)
+    np.testing.assert_allclose(shares.mean(axis=0), prior, atol=1e-6)
+    factors = shares / scores  # of an image and of a class, and nothing else
+    np.testing.assert_allclose(factors / factors[:, :1], np.tile(factors[0] / factors[0, 0], (500, 1)))
+
+
+def test_without_a_prior_nothing_is_aligned() -> None:
+    scores = np.exp(features(50, 4))
+    np.testing.assert_allclose(aligned(scores, None), scores / scores.sum(axis=1, keepdims=True))
+
+
 def test_a_part_of_the_graph_without_labels_stays_finite() -> None:
     rows, _ = clouds(40)
     labels = np.full(120, -1)
@@ -176,3 +198,8 @@ def test_a_handful_of_images_are_all_neighbours() -> None:
 def test_more_neighbours_than_images_are_refused() -> None:
     with pytest.raises(InputError, match="choose fewer"):
         Propagate.decide({"neighbours": 60}, Facts(60, 3, 16, 10, 4))
+
+
+def test_poisson_learning_has_no_shares_to_align() -> None:
+    with pytest.raises(InputError, match="poisson names classes"):
+        Propagate.decide({"neighbours": 10, "kind": "poisson", "distribution_alignment": "uniform"}, Facts(60, 3, 16, 10, 4))

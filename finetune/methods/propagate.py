@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 from annotated_types import Ge, Gt, Lt
 
 from modicum.errors import InputError
+from modicum.finetune.alignment import DistributionAlignment, KnownPrior
 from modicum.finetune.propagation import Kind, Propagation
 from modicum.finetune.semi_supervised import SemiSupervised
 from modicum.method import Decisions, Facts
@@ -29,9 +30,13 @@ class Propagate(SemiSupervised):
         kind: Annotated[Kind, "zhou: influence that fades with the way; poisson: labels as sources and sinks"] = Propagation.kind,
         neighbours: Annotated[int, Ge(1), "nearest images that each image is joined to"] = Propagation.neighbours,
         alpha: Annotated[float, Gt(0), Lt(1), "of zhou: share that goes on at each image, 1 for the whole graph"] = Propagation.alpha,
+        distribution_alignment: Annotated[
+            KnownPrior, "of zhou: how often each class is to be named: none, uniform, labelled, or shares"
+        ] = "none",
     ) -> None:
         super().__init__(backbone, facts)
-        self.how = Propagation(kind, neighbours, alpha)
+        self.align = DistributionAlignment(distribution_alignment, facts)
+        self.how = Propagation(kind, neighbours, alpha, self.class_prior)
 
     @classmethod
     def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
@@ -39,4 +44,6 @@ class Propagate(SemiSupervised):
             raise InputError(
                 f"finetune.method.neighbours = {settings['neighbours']}, but an image has only {facts.num_images - 1} others; choose fewer."
             )
+        if settings["kind"] == "poisson" and settings["distribution_alignment"] != "none":
+            raise InputError("finetune.method.distribution_alignment scales the shares of kind = zhou; poisson names classes and has none.")
         return super().decide(settings, facts)

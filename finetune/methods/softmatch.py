@@ -36,11 +36,11 @@ class SoftMatch(WeakToStrong):
     ) -> None:
         super().__init__(backbone, facts, teacher)
         self.lambda_u, self.sigmas = lambda_u, sigmas
-        self.align = DistributionAlignment(distribution_alignment, facts, momentum)
+        self.align_confidence = DistributionAlignment(distribution_alignment, facts, momentum)
         self.confidence = RunningMean(torch.tensor(1 / facts.num_classes), momentum)
         self.variance = RunningMean(torch.tensor(1.0), momentum)
 
     def judge(self, targets: Tensor, unlabelled: Sample, logits: Tensor) -> tuple[Tensor, Tensor]:
-        confidence = self.align(targets).amax(dim=1)  # alignment weighs; what is learnt is the guess itself
+        confidence = self.align_confidence(targets).amax(dim=1)  # alignment weighs; what is learnt is the guess itself
         mean, variance = self.confidence(confidence), self.variance(distributed.gather(confidence).var()[None])
         return targets, truncated_gaussian(confidence, mean, variance, self.sigmas)
