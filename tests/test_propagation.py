@@ -108,7 +108,7 @@ def test_shares_are_sharpened_and_keep_their_order() -> None:
 
 @pytest.mark.parametrize("prior", [(0.25, 0.25, 0.25, 0.25), (0.7, 0.1, 0.1, 0.1)])
 def test_aligned_shares_have_the_classes_as_often_as_they_should(prior: tuple[float, ...]) -> None:
-    scores = np.exp(features(500, 4) + [0, 1, 2, 3])
+    scores = np.exp(features(500, 4) + np.arange(4))
     shares = aligned(scores, prior)
     np.testing.assert_allclose(shares.sum(axis=1), 1)
     np.testing.assert_allclose(shares.mean(axis=0), prior, atol=1e-6)
