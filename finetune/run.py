@@ -2,19 +2,15 @@
 
 import copy
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import nn
 
 from modicum import distributed
 from modicum.checkpoint import Preprocessing, load_classifier, save_backbone, save_classifier
-from modicum.data.images import UNKNOWN
 from modicum.data.stream import Stream
 from modicum.exchange import initial_backbone
 from modicum.finetune.audit import Audit, calibration_error, class_shares
@@ -24,8 +20,9 @@ from modicum.finetune.outputs import outputs
 from modicum.finetune.propagated_head import propagated_head
 from modicum.finetune.propagation import Propagation
 from modicum.finetune.semi_supervised import KINDS, SemiSupervised
+from modicum.finetune.variants import Variant, rates_of, variants, with_teachers
 from modicum.loop import Monitor, Training
-from modicum.method import find_method, settings_model
+from modicum.method import find_method
 from modicum.networks import Classifier
 from modicum.optim import build_optimizer, groups_by_layer, parameter_groups, schedule_with_warmup
 from modicum.record import Metrics, is_rank_zero, say
@@ -38,88 +35,12 @@ READINGS = 20  # of validation images and of the agreement with the average, ove
 AGREEMENT_IMAGES = 512
 
 
-@dataclass(frozen=True)
-class Variant:
-    """One fine-tuning run of the stage: the method asked for, one of its baselines, or a refit without a part of the labels."""
-
-    title: str
-    folder: Path
-    method: dict[str, Any]
-    labelled: np.ndarray  # rows
-    unlabelled: np.ndarray  # rows
-    init: str | None  # None: random weights
-    warm_start: str = "none"
-    finish: str = "none"
-    compared: bool = False  # whether the weights that are not exported are kept, too, to be judged
-
-
 def run(session: Session) -> None:
     """Runs the method asked for, then baselines and refits; what is finished is skipped, what is begun goes on."""
     for variant in variants(session):
         for part in with_teachers(variant):
             if not (part.folder / "classifier" / "model.safetensors").is_file():
                 train(session, part)
-
-
-def variants(session: Session) -> list[Variant]:
-    """The method asked for, first, the baselines that differ from it, and its refits."""
-    settings, folder = session.experiment.finetune, session.folder.stage("finetune")
-    start = {"pretrain": str(session.folder.stage("pretrain") / "backbone"), "random": None}.get(settings.init, settings.init)
-    split = session.splits["split"]
-    labelled = np.flatnonzero(split == "labelled")
-    everything = np.flatnonzero((split != "test") & (session.splits["label"] != UNKNOWN))
-    supervised = supervised_method()
-    unlabelled = unlabelled_rows(settings, session.splits)
-    title = f"finetune {settings.method['name']}"
-    how = {"warm_start": settings.warm_start, "finish": settings.finish}
-    chosen = [Variant(title, folder, settings.method, labelled, unlabelled, start, **how, compared=True)]
-    for name, rows, init in (("random", labelled, None), ("pretrained", labelled, start), ("all_labels", everything, start)):
-        plain = supervised, init, len(rows), "none", "none"
-        same = any(plain == (v.method, v.init, len(v.labelled), v.warm_start, v.finish) for v in chosen)
-        if name in settings.baselines and not same:
-            chosen.append(Variant(f"baseline {name}", folder / "baselines" / name, supervised, rows, unlabelled, init))
-    return chosen + refits(session, chosen[0])
-
-
-def refits(session: Session, whole: Variant) -> list[Variant]:
-    """The same once for every part of the labels that `evaluate.cross_validate` wants held out, without that part.
-
-    To a refit those images are unlabelled ones, like the images that the run is to name: their pixels are seen, their labels are not.
-    """
-    count = session.experiment.evaluate.cross_validate
-    held_out = [np.flatnonzero(session.splits["refit"] == number) for number in range(count)]
-    return [
-        replace(
-            whole,
-            title=f"refit {number} of {count}",
-            folder=whole.folder / "refits" / str(number),
-            labelled=np.setdiff1d(whole.labelled, held),
-            unlabelled=np.union1d(whole.unlabelled, held),
-            compared=False,
-        )
-        for number, held in enumerate(held_out, start=1)
-    ]
-
-
-def supervised_method() -> dict[str, Any]:
-    """The block of the method `supervised` with its defaults, as baselines and first teachers have it."""
-    return {"name": "supervised", **settings_model(find_method("finetune", "supervised"))().model_dump()}
-
-
-def with_teachers(variant: Variant) -> Iterator[Variant]:
-    """The variant, after the runs whose classifiers teach it: one on the labels, unless its settings name a teacher, and its rounds."""
-    method = variant.method
-    if "teacher_from" in method and method["teacher_from"] is None:
-        title, folder = f"{variant.title}, teacher", variant.folder / "teacher"
-        first = replace(variant, title=title, folder=folder, method=supervised_method(), compared=False)
-        yield first
-        method = {**method, "teacher_from": str(first.folder / "classifier")}
-    rounds = method.get("rounds", 1)
-    for number in range(1, rounds):
-        title, folder = f"{variant.title}, round {number} of {rounds}", variant.folder / "rounds" / str(number)
-        yield replace(variant, title=title, folder=folder, method=method, compared=False)
-        method = {**method, "teacher_from": str(folder / "classifier")}
-    yield replace(variant, method=method)
 
 
 def train(session: Session, variant: Variant) -> None:
@@ -206,7 +127,7 @@ def training(session: Session, variant: Variant, method: SemiSupervised, monitor
         title=variant.title,
         method=method,
         batch=lambda step: {name: stream.sample(step) for name, stream in streams.items()},
-        optimizer=build_optimizer(settings.optimizer, optimizer_groups(method, settings)),
+        optimizer=build_optimizer(settings.optimizer, optimizer_groups(method, rates_of(variant, settings))),
         schedule=schedule_with_warmup(settings.schedule, settings.warmup_steps / settings.steps),
         steps=settings.steps,
         batch_size=sum(sizes[name] for name in streams),
@@ -272,11 +193,6 @@ def finish_head(session: Session, variant: Variant, method: SemiSupervised, clas
 
 def propagation_of(method: SemiSupervised) -> Propagation:
     return method.how if isinstance(method, Propagate) else Propagation(prior=method.class_prior)
-
-
-def unlabelled_rows(settings: FinetuneSettings, splits: pd.DataFrame) -> np.ndarray:
-    """Rows of the unlabelled set: never test or validation images."""
-    return np.flatnonzero(splits["split"].isin(["unlabelled", *(["labelled"] if settings.labelled_in_unlabelled else [])]))
 
 
 def validation_monitors(session: Session, method: SemiSupervised) -> list[Monitor]:

@@ -18,8 +18,9 @@ from modicum.data.images import Images
 from modicum.errors import InputError
 from modicum.finetune.propagated_head import propagated_head
 from modicum.finetune.propagation import Propagation
-from modicum.finetune.run import optimizer_groups, same, train, variants
+from modicum.finetune.run import optimizer_groups, same, train
 from modicum.finetune.semi_supervised import KINDS, SemiSupervised
+from modicum.finetune.variants import variants
 from modicum.method import Facts, Progress, find_method
 from modicum.networks import Backbone, create_backbone
 from modicum.networks.backbones import choose_architecture
@@ -172,6 +173,19 @@ def test_a_frozen_backbone_stays_as_it_is_to_the_last_bit_and_the_head_learns(
     assert not any(torch.equal(other[name], value) for name, value in before.items() if name.endswith("conv1.weight"))
     state = torch.load(from_random.folder / "state.pt", weights_only=True)
     assert sum(len(group["params"]) for group in state["optimizer"]["param_groups"]) > 2
+
+
+def test_the_baseline_from_random_weights_learns_at_one_rate(
+    session_of: Callable[..., Any], digits: Images, tmp_path: Path, start: Path
+) -> None:
+    """A backbone that knows nothing has nothing that a lower rate could keep: with it the baseline would be too easy to beat."""
+    session = session_of(digits, tmp_path, f"finetune.init={start}", "finetune.backbone_lr_scale=0.1")
+    main, from_random, from_backbone, *_ = variants(session)
+    assert (main.init, from_random.init, from_backbone.init) == (str(start), None, str(start))
+    for variant, scales in ((from_random, {1.0}), (from_backbone, {1.0, 0.1})):
+        train(session, variant)
+        groups = torch.load(variant.folder / "state.pt", weights_only=True)["optimizer"]["param_groups"]
+        assert {group["scale"] for group in groups} == scales
 
 
 def test_a_frozen_backbone_has_no_gradient_and_ignores_training_mode(start: Path) -> None:

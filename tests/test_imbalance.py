@@ -17,7 +17,8 @@ from modicum.data.stream import Stream
 from modicum.errors import InputError
 from modicum.finetune.alignment import MOMENTUM, PRIOR_MOMENTUM, DistributionAlignment, Prior
 from modicum.finetune.audit import effective_classes
-from modicum.finetune.run import propagation_of, train, variants
+from modicum.finetune.run import propagation_of, train
+from modicum.finetune.variants import variants
 from modicum.hardware import Hardware
 from modicum.method import Facts, find_method
 from modicum.networks import create_backbone

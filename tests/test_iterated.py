@@ -19,8 +19,9 @@ from modicum.errors import InputError, Preempted
 from modicum.finetune.audit import Audit
 from modicum.finetune.methods.noisy_student import NoisyStudent
 from modicum.finetune.outputs import outputs
-from modicum.finetune.run import run, variants, with_teachers
+from modicum.finetune.run import run
 from modicum.finetune.selection import MOST_COPIES, selection
+from modicum.finetune.variants import variants, with_teachers
 from modicum.method import Facts, find_method, settings_model
 from modicum.networks import Backbone, Classifier, create_backbone
 from modicum.networks.backbones import choose_architecture

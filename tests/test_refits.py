@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from modicum.data.images import Images
 from modicum.errors import Preempted
 from modicum.finetune.audit import Audit
-from modicum.finetune.run import run, train, variants
+from modicum.finetune.run import run, train
+from modicum.finetune.variants import variants
 
 SMALL = ["finetune.init=random", "finetune.baselines=[]", "finetune.labels=30", "evaluate.cross_validate=3"]
 
