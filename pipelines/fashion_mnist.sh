@@ -14,7 +14,10 @@ runs=${RUNS:-runs}
 "$modicum" evaluate fashion_mnist --run "$runs/fashion_mnist" "$@" # the backbone; the runs below take its features from there
 
 for labels in 40 100 250 1000; do
-    start=(--run "$runs/fashion_mnist-$labels" --init "$runs/fashion_mnist/pretrain/backbone")
-    "$modicum" finetune fashion_mnist "${start[@]}" finetune.labels="$labels" "$@"
-    "$modicum" evaluate fashion_mnist "${start[@]}" finetune.labels="$labels" "$@"
+    start=(--run "$runs/fashion_mnist-$labels" --init "$runs/fashion_mnist/pretrain/backbone" finetune.labels="$labels")
+    if ((labels > 100)); then # the more labels, the more there is to learn from them
+        start+=(finetune.steps=600 finetune.backbone_lr_scale=1)
+    fi
+    "$modicum" finetune fashion_mnist "${start[@]}" "$@"
+    "$modicum" evaluate fashion_mnist "${start[@]}" "$@"
 done
