@@ -37,6 +37,7 @@ class SemiSupervised(Method):
     teacher_norms: ClassVar = ("bn", "sync_bn", "eman")
     recipe: ClassVar = Recipe("sgd", lr=0.03, weight_decay=5e-4, batch=64, nesterov=True, schedule="cosine_7_16")
     student: Classifier
+    align: DistributionAlignment  # of methods that align the guesses that are learnt
     guesses: Guesses | None = None
     ledger: nn.Module  # the audit's, here for the state alone
 
@@ -95,8 +96,7 @@ class SemiSupervised(Method):
     @property
     def class_prior(self) -> tuple[float, ...] | None:
         """The shares (C,) that the method aligns what it learns to, for labels that are propagated before and after it."""
-        align = getattr(self, "align", None)
-        return align.known_prior if isinstance(align, DistributionAlignment) else None
+        return self.align.known_prior if hasattr(self, "align") else None
 
     @property
     def average_kind(self) -> str:

@@ -41,6 +41,7 @@ class AdaMatch(WeakToStrong):
         super().__init__(backbone, facts, teacher)
         self.threshold, self.lambda_u, self.seed = threshold, lambda_u, seed
         self.predicted = distribution_alignment == "predicted"
+        # What is predicted on labelled images takes the prior's place in every step; their shares stand for it before and after.
         own: Prior = "labelled" if distribution_alignment == "predicted" else distribution_alignment
         self.align = DistributionAlignment(own, facts, momentum)
         self.prior = RunningMean(torch.full((facts.num_classes,), 1 / facts.num_classes), momentum)
