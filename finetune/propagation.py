@@ -35,7 +35,7 @@ class Propagation:
         Zhou's scores are shares of influence and stay soft, sharpened and, with a `prior`, aligned to it; Poisson's are no
         probabilities, so that only the class counts.
         """
-        graph = neighbour_graph(features, min(self.neighbours, len(features) - 1))
+        graph = neighbour_graph(scaled(features), min(self.neighbours, len(features) - 1))
         scores = spread(graph, labels, num_classes, self.kind, self.alpha)
         if self.kind == "poisson":
             return np.eye(num_classes)[scores.argmax(axis=1)]
@@ -52,6 +52,16 @@ def aligned(scores: np.ndarray, prior: tuple[float, ...] | None) -> np.ndarray:
         scores *= prior / scores.mean(axis=0)
         scores /= scores.sum(axis=1, keepdims=True)
     return scores
+
+
+def scaled(features: np.ndarray) -> np.ndarray:
+    """`features` (N, D) with deviation 1 each, so that none decides by its unit who is near; one that hardly varies becomes 0.
+
+    Where 0 lies they keep: to a network's features, most of them not negative, it is what an image has nothing of.
+    """
+    mean, deviation = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
+    varies = deviation > 1e-6 * np.abs(mean)
+    return features * np.divide(1, deviation, where=varies, out=np.zeros_like(deviation)).astype(np.float32)
 
 
 def neighbour_graph(features: np.ndarray, k: int) -> sparse.csr_array:

@@ -10,7 +10,7 @@ from modicum.data.images import Images
 from modicum.errors import InputError
 from modicum.finetune.methods.propagate import Propagate
 from modicum.finetune.propagated_head import DECAY, fit_head, propagated_head
-from modicum.finetune.propagation import SHARPNESS, Propagation, aligned, neighbour_graph, spread
+from modicum.finetune.propagation import SHARPNESS, Propagation, aligned, neighbour_graph, scaled, spread
 from modicum.hardware import Hardware
 from modicum.method import Facts
 from modicum.networks import create_backbone
@@ -102,8 +102,25 @@ def test_one_label_a_cloud_labels_the_cloud(kind: str) -> None:
 def test_shares_are_sharpened_and_keep_their_order() -> None:
     rows, _ = clouds(20)
     labels = some_labels(60, 3)
-    scores = spread(neighbour_graph(rows, 10), labels, 3, "zhou") ** SHARPNESS
+    scores = spread(neighbour_graph(scaled(rows), 10), labels, 3, "zhou") ** SHARPNESS
     np.testing.assert_allclose(Propagation()(rows, labels, 3), scores / scores.sum(axis=1, keepdims=True))
+
+
+def test_features_count_alike_and_keep_their_zero() -> None:
+    rows = np.abs(features(200, 4)) * np.array([1, 1e-3, 1e3, 0], dtype=np.float32)
+    rows[:, 3] = 7
+    result = scaled(rows)
+    np.testing.assert_allclose(result[:, :3].std(axis=0), 1, rtol=1e-5)
+    np.testing.assert_allclose(result[:, :3] * rows[:, :3].std(axis=0), rows[:, :3], rtol=1e-4)
+    assert not result[:, 3].any()
+    assert not scaled(np.ones((3, 2), dtype=np.float32)).any()
+
+
+def test_a_feature_in_another_unit_moves_no_label() -> None:
+    rows, _ = clouds(40)
+    labels = some_labels(120, 3)
+    other = rows * np.array([1, 50, 1, 0.02, 1], dtype=np.float32)
+    np.testing.assert_allclose(Propagation()(other, labels, 3), Propagation()(rows, labels, 3), rtol=1e-3)
 
 
 @pytest.mark.parametrize("prior", [(0.25, 0.25, 0.25, 0.25), (0.7, 0.1, 0.1, 0.1)])
@@ -191,6 +208,7 @@ def test_test_images_have_no_part_in_it_and_it_repeats_itself() -> None:
 
 def test_a_handful_of_images_are_all_neighbours() -> None:
     rows, truth = clouds(2)
+    rows = rows[:, :3]  # the others are noise, and among six images as loud as these
     targets = Propagation(neighbours=10)(rows, np.where(np.arange(6) % 2, -1, truth), 3)
     assert targets.argmax(axis=1).tolist() == truth.tolist()
 

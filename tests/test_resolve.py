@@ -112,7 +112,7 @@ def test_large_data_have_the_papers_constants(digits: Images, all_data_is_large:
         ("finetune.init=random", "none", "no neighbours", "propagate", "know more than the head"),
         ("finetune.backbone_lr_scale=0", "propagate", "the start decides", "none", "stays as it is"),
         ("finetune.labels=all", "none", "without a label", "none", "without a label"),
-        ("finetune.labels=200", "propagate", "the start decides", "none", "from 20 labels a class up"),
+        ("finetune.labels=1000", "propagate", "the start decides", "none", "from 100 labels a class up"),
         ("finetune.labels=10%", "propagate", "the start decides", "propagate", "know more than the head"),
         ("finetune={warm_start: none, finish: none}", "none", None, "none", None),
     ],
