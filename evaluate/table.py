@@ -62,7 +62,7 @@ def lines(results: dict[str, Any]) -> list[Line]:
     }[start]
     table.add(first, headline=True, protocol="finetuned")
     table.add(f"{first}, cross-validated on the labels", protocol="finetuned_cross_validated")
-    head = ", head as trained" if results.get("finish") == "propagate" else ""
+    head = ", head as trained" if results.get("finish", "none") != "none" else ""
     for weights, words in WEIGHTS.items():
         table.add(f"the same training's {words}{head}", protocol="finetuned_weights", weights=weights)
     table.add("same network, supervised, from random weights", protocol="supervised", features="random")

@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from modicum.data.images import UNKNOWN
 from modicum.finetune.outputs import outputs
-from modicum.finetune.propagation import Propagation
+from modicum.finetune.propagation import Propagation, aligned
 from modicum.networks import Backbone
 from modicum.record import say
 from modicum.session import Session
@@ -17,17 +17,21 @@ ITERATIONS = 100
 
 
 def propagated_head(
-    session: Session, backbone: Backbone, labelled: np.ndarray, how: Propagation
+    session: Session, backbone: Backbone, labelled: np.ndarray, how: Propagation, trained: nn.Linear | None = None
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Weight (C, D) and bias (C,) from the labels of the rows `labelled`; test and validation images have no part in it.
 
-    With them, for the record, the share of the spread labels that are right where the truth is known.
+    What a head that was `trained` says of the same features counts as much as the labels that are spread. With them, for the record, the
+    share of what the head is fitted to that is right where the truth is known.
     """
     images, splits = session.images, session.splits["split"]
     rows = np.union1d(labelled, np.flatnonzero(splits.isin(["labelled", "unlabelled"])))
     features = outputs(session, backbone.to(session.hardware.device), torch.from_numpy(rows))
     given = np.where(np.isin(rows, labelled), images.labels[rows], UNKNOWN)
     targets = how(features.numpy(), given, images.num_classes)
+    if trained is not None:
+        said = F.linear(features, trained.weight.detach().cpu(), trained.bias.detach().cpu()).double().softmax(dim=1)
+        targets = (targets + aligned(said.numpy(), how.prior)) / 2
     weight, bias = fit_head(features, torch.from_numpy(targets))
     judged = (images.labels[rows] != UNKNOWN) & (given == UNKNOWN)
     if not judged.any():

@@ -55,9 +55,9 @@ def aligned(scores: np.ndarray, prior: tuple[float, ...] | None) -> np.ndarray:
 
 
 def scaled(features: np.ndarray) -> np.ndarray:
-    """`features` (N, D) with deviation 1 each, so that none decides by its unit who is near; one that hardly varies becomes 0.
+    """Each feature of (N, D) brought to deviation 1, so that no loud one decides alone who is near; one that does not vary becomes 0.
 
-    Where 0 lies they keep: to a network's features, most of them not negative, it is what an image has nothing of.
+    They are not centred: a network's features are mostly not negative, and 0 means that an image has nothing of one.
     """
     mean, deviation = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
     varies = deviation > 1e-6 * np.abs(mean)

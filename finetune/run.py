@@ -76,7 +76,7 @@ def save(session: Session, variant: Variant, method: SemiSupervised) -> None:
     experiment, names = session.experiment, session.images.class_names
     preprocessing = Preprocessing.of(experiment.data)
     exported = method.classifier(experiment.finetune.export)
-    if variant.finish == "propagate":
+    if variant.finish != "none":
         exported = copy.deepcopy(exported)
         finish_head(session, variant, method, exported)
     saved = [exported]
@@ -184,8 +184,9 @@ def start_head(session: Session, variant: Variant, method: SemiSupervised, monit
 
 
 def finish_head(session: Session, variant: Variant, method: SemiSupervised, classifier: Classifier) -> None:
-    """Fits the classifier's head anew, to labels propagated over the features that the training has made."""
-    weight, bias, figures = propagated_head(session, classifier.backbone, variant.labelled, propagation_of(method))
+    """Fits the classifier's head anew, to labels propagated over the features that the training has made, alone or beside its own word."""
+    trained = classifier.head if variant.finish == "average" else None
+    weight, bias, figures = propagated_head(session, classifier.backbone, variant.labelled, propagation_of(method), trained)
     classifier.set_head(weight, bias)
     steps = session.experiment.finetune.steps
     Metrics(variant.folder / "metrics.csv", resume_step=steps).write(steps + 1, figures)  # after the last

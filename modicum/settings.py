@@ -135,8 +135,10 @@ class FinetuneSettings(Settings):
     warm_start: Auto | Literal["none", "propagate"] = Field(
         "auto", description="the head before the first step: random, or fitted to labels propagated over the backbone's features"
     )
-    finish: Auto | Literal["none", "propagate"] = Field(
-        "auto", description="the head after the last step: as trained, or fitted to labels propagated over the tuned backbone's features"
+    finish: Auto | Literal["none", "propagate", "average"] = Field(
+        "auto",
+        description="the head after the last step: as trained, or fitted anew to labels propagated over the tuned backbone's features, "
+        "or to the average of those and what the trained head says",
     )
     ema_momentum: Auto | Annotated[float, Field(ge=0, lt=1)] = Field(
         "auto", description="of the averaged weights that are evaluated, for methods without a teacher"

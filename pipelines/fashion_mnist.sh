@@ -16,7 +16,7 @@ runs=${RUNS:-runs}
 for labels in 40 100 250 1000; do
     start=(--run "$runs/fashion_mnist-$labels" --init "$runs/fashion_mnist/pretrain/backbone" finetune.labels="$labels")
     if ((labels > 100)); then # the more labels, the more there is to learn from them
-        start+=(finetune.steps=600 finetune.backbone_lr_scale=1)
+        start+=(finetune.steps=$((labels > 250 ? 2000 : 600)) finetune.backbone_lr_scale=1)
     fi
     "$modicum" finetune fashion_mnist "${start[@]}" "$@"
     "$modicum" evaluate fashion_mnist "${start[@]}" "$@"

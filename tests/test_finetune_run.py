@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from modicum.checkpoint import Preprocessing, load_backbone, save_backbone
+from modicum.checkpoint import Preprocessing, load_backbone, load_classifier, save_backbone
 from modicum.config import load_experiment
 from modicum.data.images import Images
 from modicum.errors import InputError
@@ -125,10 +125,11 @@ def test_the_settings_say_which_weights_are_exported_and_the_others_lie_beside(
     assert not (baselines[0].folder / "weights").exists()
 
 
+@pytest.mark.parametrize("finish", ["propagate", "average"])
 def test_a_head_fitted_after_the_last_step_stands_on_the_exported_backbone_and_the_trained_ones_lie_beside(
-    session_of: Callable[..., Any], digits: Images, tmp_path: Path, start: Path
+    session_of: Callable[..., Any], digits: Images, tmp_path: Path, start: Path, finish: str
 ) -> None:
-    session = session_of(digits, tmp_path, FIXMATCH % "eman", f"finetune.init={start}", "finetune.finish=propagate")
+    session = session_of(digits, tmp_path, FIXMATCH % "eman", f"finetune.init={start}", f"finetune.finish={finish}")
     main, *baselines = variants(session)
     assert {baseline.finish for baseline in baselines} == {"none"}
     train(session, main)
@@ -137,7 +138,8 @@ def test_a_head_fitted_after_the_last_step_stands_on_the_exported_backbone_and_t
     head = {"fc.weight", "fc.bias"}
     assert {name for name, value in exported.items() if not torch.equal(value, trained["eman"][name])} == head
     backbone = load_backbone(folder / "backbone")[0].to(memory_format=torch.channels_last)  # as in training, to the last bit
-    weight, bias, figures = propagated_head(session, backbone, main.labelled, Propagation())
+    own = load_classifier(folder / "weights" / "eman")[0].head if finish == "average" else None
+    weight, bias, figures = propagated_head(session, backbone, main.labelled, Propagation(), own)
     assert torch.equal(exported["fc.weight"], weight.float())
     assert torch.equal(exported["fc.bias"], bias.float())
     rows = Metrics.read(folder / "metrics.csv")

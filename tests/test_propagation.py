@@ -200,6 +200,21 @@ def test_the_head_of_propagated_labels_judges_new_images() -> None:
         assert torch.equal(mine, theirs)
 
 
+def test_a_trained_head_counts_as_much_as_the_labels_that_are_spread() -> None:
+    session, rows = Cardboard(), np.arange(6)
+    backbone = create_backbone(BackboneSettings(), 1, 16, seed=0)
+    certain = torch.nn.Linear(backbone.num_features, 3)
+    torch.nn.init.zeros_(certain.weight)
+    certain.bias.data = torch.tensor([50.0, 0, 0])  # always the first class
+    (weight, bias, _), (alone, alone_bias, _) = (propagated_head(session, backbone, rows, Propagation(), head) for head in (certain, None))  # type: ignore[arg-type]
+    with torch.no_grad():
+        features = backbone.eval()((session.images.pixels[:60] / 255 - 0.3) / 0.3).double()
+    mixed, spread_alone = (features @ w.T + b for w, b in ((weight, bias), (alone, alone_bias)))
+    first = mixed.softmax(dim=1)[:, 0]
+    expected = (1 + spread_alone.softmax(dim=1)[:, 0]) / 2
+    np.testing.assert_allclose(first.mean(), expected.mean(), atol=0.02)
+
+
 def test_test_images_have_no_part_in_it_and_it_repeats_itself() -> None:
     first, again, other = (propagated(session)[0].student.head.weight for session in (Cardboard(), Cardboard(), Cardboard(spoil=255)))
     assert torch.equal(first, again)

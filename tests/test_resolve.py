@@ -112,7 +112,7 @@ def test_large_data_have_the_papers_constants(digits: Images, all_data_is_large:
         ("finetune.init=random", "none", "no neighbours", "propagate", "know more than the head"),
         ("finetune.backbone_lr_scale=0", "propagate", "the start decides", "none", "stays as it is"),
         ("finetune.labels=all", "none", "without a label", "none", "without a label"),
-        ("finetune.labels=1000", "propagate", "the start decides", "none", "from 100 labels a class up"),
+        ("finetune.labels=1000", "propagate", "the start decides", "average", "knows as much as neighbours"),
         ("finetune.labels=10%", "propagate", "the start decides", "propagate", "know more than the head"),
         ("finetune={warm_start: none, finish: none}", "none", None, "none", None),
     ],
@@ -124,6 +124,13 @@ def test_labels_are_propagated_where_a_backbone_knows_neighbours(
     assert (experiment.finetune.warm_start, experiment.finetune.finish) == (start, finish)
     assert why is None or why in reasons["finetune.warm_start"].why
     assert why_last is None or why_last in reasons["finetune.finish"].why
+
+
+def test_a_head_of_many_labels_stays_as_it_is(digits: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modicum.resolve.MANY_A_CLASS", 100)
+    experiment, reasons = resolved(digits, "finetune.labels=1000")
+    assert (experiment.finetune.warm_start, experiment.finetune.finish) == ("propagate", "none")
+    assert "not known to add" in reasons["finetune.finish"].why
 
 
 def test_all_the_labels_that_a_few_images_have_are_few_labels(digits: Images) -> None:

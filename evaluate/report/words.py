@@ -4,6 +4,10 @@ from typing import Any
 
 from modicum.evaluate.table import FEATURES, WEIGHTS, lines, percent, spelt
 
+FINISH = {
+    "propagate": "fitted after the last step to labels propagated over the tuned features",
+    "average": "fitted after the last step to the average of its own guesses and labels propagated over the tuned features",
+}
 OVER = {
     "random": "the same network, trained on the same labels alone from random weights",
     "pretrained": "the same network, trained on the same labels alone from the same backbone",
@@ -108,7 +112,7 @@ def facts(results: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str, 
         ("Stage one", stage_one),
         ("Stage two", f"{spelt(results['methods']['finetune'])}, {two['steps']:,} steps, {two['batch_size']} labelled images a step"),
         ("Classifier", f"{WEIGHTS[two['export']]}, as finetune.export says; no image has chosen them" if two["export"] in WEIGHTS else ""),
-        ("Its head", "fitted after the last step to labels propagated over the tuned features" if two["finish"] == "propagate" else ""),
+        ("Its head", FINISH.get(two["finish"], "")),
         ("kNN", f"cosine similarity, votes exp(similarity / {results['knn']['temperature']:g})"),
         ("Linear probe", "logistic regression on standardised features, regularisation chosen on the labels"),
         ("Computed on", results["hardware"]),
