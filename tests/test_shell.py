@@ -66,9 +66,9 @@ def test_fashion_mnist_as_plain_shell_pretrains_once(tmp_path: Path) -> None:
     assert done.status == 0
     assert done.calls[:2] == [[stage, "fashion_mnist", "--run", "out/fashion_mnist", "seed=1"] for stage in ("pretrain", "evaluate")]
     start = ["--init", "out/fashion_mnist/pretrain/backbone"]
-    many = ["finetune.steps=600", "finetune.backbone_lr_scale=1"]
+    more, many = ([f"finetune.steps={steps}", "finetune.backbone_lr_scale=1"] for steps in (600, 2000))
     assert done.calls[2:] == [
         [stage, "fashion_mnist", "--run", f"out/fashion_mnist-{labels}", *start, f"finetune.labels={labels}", *longer, "seed=1"]
-        for labels, longer in ((40, []), (100, []), (250, many), (1000, many))
+        for labels, longer in ((40, []), (100, []), (250, more), (1000, many))
         for stage in ("finetune", "evaluate")
     ]
