@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 from scipy import sparse
+from sklearn.preprocessing import StandardScaler
 
 from modicum.neighbours import normalise, search
 
@@ -35,7 +36,8 @@ class Propagation:
         Zhou's scores are shares of influence and stay soft, sharpened and, with a `prior`, aligned to it; Poisson's are no
         probabilities, so that only the class counts.
         """
-        graph = neighbour_graph(scaled(features), min(self.neighbours, len(features) - 1))
+        alike = StandardScaler(with_mean=False).fit_transform(features)  # or loud features alone decide who is near: docs/results.md
+        graph = neighbour_graph(alike, min(self.neighbours, len(features) - 1))
         scores = spread(graph, labels, num_classes, self.kind, self.alpha)
         if self.kind == "poisson":
             return np.eye(num_classes)[scores.argmax(axis=1)]
@@ -52,16 +54,6 @@ def aligned(scores: np.ndarray, prior: tuple[float, ...] | None) -> np.ndarray:
         scores *= prior / scores.mean(axis=0)
         scores /= scores.sum(axis=1, keepdims=True)
     return scores
-
-
-def scaled(features: np.ndarray) -> np.ndarray:
-    """Each feature of (N, D) brought to deviation 1, so that no loud one decides alone who is near; one that does not vary becomes 0.
-
-    They are not centred: a network's features are mostly not negative, and 0 means that an image has nothing of one.
-    """
-    mean, deviation = features.mean(axis=0, dtype=np.float64), features.std(axis=0, dtype=np.float64)
-    varies = deviation > 1e-6 * np.abs(mean)
-    return features * np.divide(1, deviation, where=varies, out=np.zeros_like(deviation)).astype(np.float32)
 
 
 def neighbour_graph(features: np.ndarray, k: int) -> sparse.csr_array:

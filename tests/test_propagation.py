@@ -5,12 +5,13 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.preprocessing import StandardScaler
 
 from modicum.data.images import Images
 from modicum.errors import InputError
 from modicum.finetune.methods.propagate import Propagate
 from modicum.finetune.propagated_head import DECAY, fit_head, propagated_head
-from modicum.finetune.propagation import SHARPNESS, Propagation, aligned, neighbour_graph, scaled, spread
+from modicum.finetune.propagation import SHARPNESS, Propagation, aligned, neighbour_graph, spread
 from modicum.hardware import Hardware
 from modicum.method import Facts
 from modicum.networks import create_backbone
@@ -102,18 +103,8 @@ def test_one_label_a_cloud_labels_the_cloud(kind: str) -> None:
 def test_shares_are_sharpened_and_keep_their_order() -> None:
     rows, _ = clouds(20)
     labels = some_labels(60, 3)
-    scores = spread(neighbour_graph(scaled(rows), 10), labels, 3, "zhou") ** SHARPNESS
+    scores = spread(neighbour_graph(StandardScaler(with_mean=False).fit_transform(rows), 10), labels, 3, "zhou") ** SHARPNESS
     np.testing.assert_allclose(Propagation()(rows, labels, 3), scores / scores.sum(axis=1, keepdims=True))
-
-
-def test_features_count_alike_and_keep_their_zero() -> None:
-    rows = np.abs(features(200, 4)) * np.array([1, 1e-3, 1e3, 0], dtype=np.float32)
-    rows[:, 3] = 7
-    result = scaled(rows)
-    np.testing.assert_allclose(result[:, :3].std(axis=0), 1, rtol=1e-5)
-    np.testing.assert_allclose(result[:, :3] * rows[:, :3].std(axis=0), rows[:, :3], rtol=1e-4)
-    assert not result[:, 3].any()
-    assert not scaled(np.ones((3, 2), dtype=np.float32)).any()
 
 
 def test_a_feature_in_another_unit_moves_no_label() -> None:
@@ -121,6 +112,13 @@ def test_a_feature_in_another_unit_moves_no_label() -> None:
     labels = some_labels(120, 3)
     other = rows * np.array([1, 50, 1, 0.02, 1], dtype=np.float32)
     np.testing.assert_allclose(Propagation()(other, labels, 3), Propagation()(rows, labels, 3), rtol=1e-3)
+
+
+def test_a_feature_that_no_image_has_is_as_if_it_were_not_there() -> None:
+    rows, _ = clouds(40)
+    labels = some_labels(120, 3)
+    silent = np.concatenate([rows, np.zeros((120, 2), dtype=np.float32)], axis=1)
+    np.testing.assert_allclose(Propagation()(silent, labels, 3), Propagation()(rows, labels, 3), rtol=1e-5)
 
 
 @pytest.mark.parametrize("prior", [(0.25, 0.25, 0.25, 0.25), (0.7, 0.1, 0.1, 0.1)])
