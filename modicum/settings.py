@@ -65,7 +65,9 @@ class DataSettings(Settings):
 
 
 class BackboneSettings(Settings):
-    name: str = Field("resnet10_small", description="resnet10_small, resnet10_tiny, resnet10d_tiny, or any architecture timm knows")
+    name: str = Field(
+        "resnet10_small", description="resnet10_small, resnet10_tiny, resnet10d_tiny, resnet14d_tiny, or any architecture timm knows"
+    )
     stem: Literal["auto", "small", "standard"] = Field("auto", description="small keeps the resolution of 8 to 64 px images")
 
 

@@ -21,6 +21,7 @@ from modicum.settings import BackboneSettings, Experiment
 CASES = [
     ("resnet10_small", 16, 1),
     ("resnet10d_tiny", 16, 1),
+    ("resnet14d_tiny", 28, 1),
     ("resnet18", 28, 1),
     ("resnet18", 64, 3),
     ("vit_tiny_patch16_224", 32, 3),
