@@ -19,6 +19,7 @@ from modicum.evaluate.results import Findings, results
 from modicum.evaluate.rows import Judge, Sets, cross_validated_rows, knn_rows, linear_rows, row_table
 from modicum.exchange import initial_backbone
 from modicum.files import write_atomically, write_table
+from modicum.record import working
 from modicum.session import Session
 
 
@@ -32,7 +33,8 @@ def run(session: Session) -> None:
     store = FeatureStore(out / "features", session.hardware, settings.batch_size, [run / "evaluate" / "features" for run in others])
     judge, judged, found, pictures = Judge(settings, session.experiment.seed), Judged(session), Findings(), Pictures()
     for name, features in feature_sets(session, store, found):
-        rows, left_out = judged.find(name, features, partial(judge_features, session, sets, judge, name, features))
+        with working(f"kNN and linear probe ({name})"):
+            rows, left_out = judged.find(name, features, partial(judge_features, session, sets, judge, name, features))
         found.rows += rows
         found.left_out |= left_out
         if name == "pretrained" or (name == "finetuned" and not found.shown):
@@ -80,7 +82,8 @@ def judge_features(session: Session, sets: Sets, judge: Judge, name: str, featur
 def add_neighbours(session: Session, sets: Sets, pictures: Pictures, name: str, features: np.ndarray) -> None:
     """Writes neighbours.csv, and puts some of its queries into the report's gallery."""
     settings, seed, images = session.experiment.evaluate, session.experiment.seed, session.images
-    queries, neighbours, similarities = galleries.nearest(features, sets, settings.gallery_neighbours, seed)
+    with working(f"neighbours ({name})"):
+        queries, neighbours, similarities = galleries.nearest(features, sets, settings.gallery_neighbours, seed)
     table = galleries.neighbour_table(images, queries, neighbours, similarities, name)
     write_table(session.folder.stage("evaluate") / "neighbours.csv", table)
     for at in galleries.spread(queries, images.labels, settings.gallery_queries, seed):

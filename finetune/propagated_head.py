@@ -9,7 +9,7 @@ from modicum.data.images import UNKNOWN
 from modicum.finetune.outputs import outputs
 from modicum.finetune.propagation import Propagation, aligned
 from modicum.networks import Backbone
-from modicum.record import say
+from modicum.record import say, working
 from modicum.session import Session
 
 DECAY = 1e-3  # of the squared weights; a tenth or ten times of it moves 0.5 points on digits
@@ -26,13 +26,14 @@ def propagated_head(
     """
     images, splits = session.images, session.splits["split"]
     rows = np.union1d(labelled, np.flatnonzero(splits.isin(["labelled", "unlabelled"])))
-    features = outputs(session, backbone.to(session.hardware.device), torch.from_numpy(rows))
+    features = outputs(session, backbone.to(session.hardware.device), torch.from_numpy(rows), "features (training images)")
     given = np.where(np.isin(rows, labelled), images.labels[rows], UNKNOWN)
-    targets = how(features.numpy(), given, images.num_classes)
-    if trained is not None:
-        said = F.linear(features, trained.weight.detach().cpu(), trained.bias.detach().cpu()).double().softmax(dim=1)
-        targets = (targets + aligned(said.numpy(), how.prior)) / 2
-    weight, bias = fit_head(features, torch.from_numpy(targets))
+    with working("labels spread over neighbours"):
+        targets = how(features.numpy(), given, images.num_classes)
+        if trained is not None:
+            said = F.linear(features, trained.weight.detach().cpu(), trained.bias.detach().cpu()).double().softmax(dim=1)
+            targets = (targets + aligned(said.numpy(), how.prior)) / 2
+        weight, bias = fit_head(features, torch.from_numpy(targets))
     judged = (images.labels[rows] != UNKNOWN) & (given == UNKNOWN)
     if not judged.any():
         return weight, bias, {}

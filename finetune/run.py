@@ -149,7 +149,8 @@ def ask_teacher(session: Session, variant: Variant, method: SemiSupervised) -> N
     if not isinstance(method, NoisyStudent):
         return
     teacher, _, _ = load_classifier(Path(variant.method["teacher_from"]))
-    method.listen(outputs(session, teacher.to(session.hardware.device), torch.from_numpy(variant.unlabelled)).softmax(dim=1))
+    rows = torch.from_numpy(variant.unlabelled)
+    method.listen(outputs(session, teacher.to(session.hardware.device), rows, "the teacher's pseudo-labels").softmax(dim=1))
     say(f"{variant.title}: {int((method.weight > 0).sum()):,} of the teacher's {len(method.weight):,} pseudo-labels count")
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from modicum.files import write_atomically
@@ -65,10 +65,9 @@ def progress(
 
     The rate is that of the last half minute, or `overall`, where a unit may take longer than that.
     """
-    state, drawn = StateColumn(unit, overall), sys.stderr.isatty() and not console.is_dumb_terminal
-    columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), TaskProgressColumn(), state
+    state, drawn = StateColumn(unit, overall), _is_drawn()
     told = time.monotonic()
-    with Progress(*columns, console=console, refresh_per_second=4, transient=not keep_bars, disable=not drawn) as bar:
+    with _bar(TaskProgressColumn(), state, drawn=drawn, kept=keep_bars) as bar:
         bar.add_task(description, total=total, completed=completed, note="")
         (task,) = bar.tasks
 
@@ -81,6 +80,23 @@ def progress(
                 print(line, file=sys.stderr, flush=True)  # not by the console: a bar's stand-in is in no log and in every quiet run
 
         yield advance
+
+
+@contextmanager
+def working(description: str) -> Iterator[None]:
+    """For work of which nobody knows how much is left: a bar that moves and the time so far, gone when it is done."""
+    with _bar(TimeElapsedColumn(), drawn=_is_drawn(), kept=False) as bar:
+        bar.add_task(description, total=None)
+        yield
+
+
+def _is_drawn() -> bool:
+    return sys.stderr.isatty() and not console.is_dumb_terminal
+
+
+def _bar(*columns: ProgressColumn, drawn: bool, kept: bool) -> Progress:
+    shown = TextColumn("{task.description}", markup=False), BarColumn(bar_width=16), *columns
+    return Progress(*shown, console=console, refresh_per_second=4, transient=not kept, disable=not drawn)
 
 
 def say(message: str) -> None:

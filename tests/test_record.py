@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from modicum import record
 from modicum.console_log import ConsoleLog
-from modicum.record import Metrics, progress, say
+from modicum.record import Metrics, progress, say, working
 
 
 class Terminal(io.StringIO):
@@ -41,6 +41,23 @@ def test_a_bar_stays_within_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert full.startswith("features (baseline_all_labels) ")
     assert "100%" in full
     assert len(full) == 80
+
+
+def test_work_without_a_known_end_shows_its_time_and_leaves_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = open_terminal(monkeypatch)
+    with working("labels spread over neighbours"):
+        pass
+    say("after")
+    written = terminal.getvalue()
+    assert "labels spread over neighbours" in written
+    assert "0:00:00" in written
+    assert written.endswith("\r\x1b[1A\x1b[2Kafter\n")  # the line of the bar is taken again
+
+
+def test_work_without_a_known_end_is_not_told_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with working("labels spread over neighbours"):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
