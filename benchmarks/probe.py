@@ -29,10 +29,11 @@ from benchmarks.pairs import Row, Seconds, compared, device_clock, take_turns
 from modicum.data.sources import load_images
 from modicum.errors import InputError
 from modicum.evaluate.features import raw_pixels
-from modicum.evaluate.linear import fit_probe, standardise
+from modicum.evaluate.linear import fit_probe
 from modicum.hardware import choose_hardware
 from modicum.record import warn
 from modicum.settings import DataSettings, Experiment, LinearSettings
+from modicum.whitening import standardise
 
 PATIENCE = 90.0  # seconds of scikit-learn's sweep that are measured
 SGD, SKLEARN, ONCE = "SGD, 100 epochs", "scikit-learn, same strengths", "scikit-learn, our strength alone"

@@ -32,18 +32,6 @@ class Probe:
         return (torch.from_numpy(features).to(self.weight) @ self.weight + self.bias).cpu().numpy()
 
 
-def standardise(features: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """(N, D) float32, each column with mean 0 and deviation 1 over the images in `rows`; a constant column becomes 0.
-
-    `rows` are all training images, labelled or not: a handful of labelled ones would tell too little of the deviations.
-    """
-    train = features[rows]
-    mean, deviation = train.mean(axis=0, dtype=np.float64), train.std(axis=0, dtype=np.float64)
-    constant = deviation < 1e-6 * np.maximum(np.abs(mean), 1e-6)
-    scale = np.where(constant, 0.0, 1 / np.where(constant, 1.0, deviation))
-    return (features - mean.astype(np.float32)) * scale.astype(np.float32)
-
-
 def fit_probe(
     features: np.ndarray,
     labels: np.ndarray,

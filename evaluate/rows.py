@@ -13,6 +13,7 @@ from modicum.data.images import UNKNOWN
 from modicum.evaluate import linear, metrics
 from modicum.randomness import seed_of
 from modicum.settings import EvaluateSettings
+from modicum.whitening import standardise, whiten
 
 Row = dict[str, Any]
 
@@ -84,7 +85,14 @@ class Judge:
 
 
 def knn_rows(judge: Judge, sets: Sets, name: str, features: np.ndarray) -> tuple[list[Row], dict[int, list[int]]]:
-    """Rows for every k and bank, and the k's left out, by bank size."""
+    """Rows for every k and bank, of the features as they are and whitened over all training images; the k's left out, by bank size."""
+    rows, left_out = _knn_rows(judge, sets, "knn", name, features)
+    if judge.settings.knn.whitened:
+        rows += _knn_rows(judge, sets, "knn_whitened", name, whiten(features, sets.train))[0]
+    return rows, left_out
+
+
+def _knn_rows(judge: Judge, sets: Sets, protocol: str, name: str, features: np.ndarray) -> tuple[list[Row], dict[int, list[int]]]:
     rows, left_out = [], {}
     normalised = neighbours.normalise(features)
     for bank in sets.banks():
@@ -97,13 +105,13 @@ def knn_rows(judge: Judge, sets: Sets, name: str, features: np.ndarray) -> tuple
         similarities, found = neighbours.search(normalised[bank], normalised[sets.test], ks[-1], approximate)
         neighbour_labels = sets.labels[bank][found]
         for k, scores in neighbours.scores(similarities, neighbour_labels, ks, judge.settings.knn.temperature, sets.num_classes):
-            rows.append(judge.row("knn", name, len(bank), scores, sets.labels[sets.test], k=k))
+            rows.append(judge.row(protocol, name, len(bank), scores, sets.labels[sets.test], k=k))
     return rows, left_out
 
 
 def linear_rows(judge: Judge, sets: Sets, name: str, features: np.ndarray, seed: int, device: torch.device) -> Iterator[Row]:
     """One row a bank on the test images."""
-    standardised = linear.standardise(features, sets.train)
+    standardised = standardise(features, sets.train)
     for bank in sets.banks():
         validation = sets.validation if bank is sets.few or len(bank) == len(sets.few) else None
         settings = judge.settings.linear
@@ -116,7 +124,7 @@ def cross_validated_rows(judge: Judge, sets: Sets, name: str, features: np.ndarr
     """Without test images: a linear probe on the run's labels, every one judged by a probe that did not see it."""
     if not len(sets.few):
         return
-    standardised, truth = linear.standardise(features, sets.train)[sets.few], sets.labels[sets.few]
+    standardised, truth = standardise(features, sets.train)[sets.few], sets.labels[sets.few]
     scores, folds = linear.cross_validated(standardised, truth, sets.num_classes, judge.settings.linear, seed, device)
     judged = ~np.isnan(scores[:, 0]) if folds else np.zeros(len(truth), dtype=bool)
     if judged.any():

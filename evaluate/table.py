@@ -72,7 +72,8 @@ def lines(results: dict[str, Any]) -> list[Line]:
         table.add(f"{regression} on {words}", protocol="linear", features=features)
         table.add(f"{regression} on {words}, cross-validated on the labels", protocol="linear_cross_validated", features=features)
         if features != "random":
-            table.add_knn(words, features)
+            table.add_knn(words, "knn", features)
+            table.add_knn(f"{words}, whitened", "knn_whitened", features)
     return table.made
 
 
@@ -87,11 +88,11 @@ class _Lines:
     def add(self, what: str, *, headline: bool = False, **wanted: Any) -> None:
         self._append(what, *(self.find(labels, **wanted)[:1] for labels in (self.few, self.known)), headline=headline)
 
-    def add_knn(self, words: str, features: str) -> None:
+    def add_knn(self, words: str, protocol: str, features: str) -> None:
         """The one k that is quoted everywhere: 20, or the largest below it that a tiny bank holds."""
         best = []
         for labels in (self.few, self.known):
-            rows = [row for row in self.find(labels, protocol="knn", features=features) if row["k"] <= BEST_K]
+            rows = [row for row in self.find(labels, protocol=protocol, features=features) if row["k"] <= BEST_K]
             best.append(sorted(rows, key=lambda row: row["k"])[-1:])
         ks = sorted({row["k"] for rows in best for row in rows})
         if len(ks) == 1:

@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 from scipy import sparse
-from sklearn.preprocessing import StandardScaler
 
 from modicum.neighbours import normalise, search
+from modicum.whitening import whiten
 
 Kind = Literal["zhou", "poisson"]
 SHARPNESS = 2  # power of Zhou's shares that makes them as sure as they are right: docs/results.md
@@ -36,8 +36,7 @@ class Propagation:
         Zhou's scores are shares of influence and stay soft, sharpened and, with a `prior`, aligned to it; Poisson's are no
         probabilities, so that only the class counts.
         """
-        alike = StandardScaler(with_mean=False).fit_transform(features)  # or loud features alone decide who is near: docs/results.md
-        graph = neighbour_graph(alike, min(self.neighbours, len(features) - 1))
+        graph = neighbour_graph(whiten(features), min(self.neighbours, len(features) - 1))
         scores = spread(graph, labels, num_classes, self.kind, self.alpha)
         if self.kind == "poisson":
             return np.eye(num_classes)[scores.argmax(axis=1)]

@@ -163,6 +163,7 @@ class FinetuneSettings(Settings):
 class KnnSettings(Settings):
     k: list[Count] = Field([1, 5, 10, 20, 50, 100, 200], description="neighbours that vote; those above the bank are left out")
     temperature: Positive = Field(0.07, description="votes weigh exp(cosine / temperature)")
+    whitened: bool = Field(True, description="kNN among whitened features too, beside kNN among the features as they are")
     approximate_from: Count = Field(500_000, description="images in a bank from which an inverted index is searched, not every image")
 
 

@@ -16,6 +16,7 @@ from modicum.evaluate.table import BEST_K
 Row = dict[str, Any]
 HEADS = ("variant", "protocol", "features", "labels", "accuracy", "runs")
 EVERY = "every variant"
+KNN = ("knn", "knn_whitened")
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,8 @@ def headline(results: Row) -> str:
     found = results["headline"]
     if found["accuracy"] is not None:
         return f"{100 * found['accuracy']:.1f} % with {found['labels']:,} labels"
-    nearest = [row for row in results["rows"] if _is_best_knn(row) and row["features"] == "pretrained"]
+    nearest = [row for row in results["rows"] if (row["protocol"], row["k"], row["features"]) == ("knn", BEST_K, "pretrained")]
     return f"{100 * nearest[-1]['top1']:.1f} % by kNN with {nearest[-1]['labels']:,} labels" if nearest else "no test images"
-
-
-def _is_best_knn(row: Row) -> bool:
-    return row["protocol"] == "knn" and row["k"] == BEST_K
 
 
 def csv_text(rows: list[Row]) -> str:
@@ -58,9 +55,9 @@ def summaries(rows: Iterable[Row]) -> list[Summary]:
     """Mean and spread over the seeds: the classifier, its supervised baselines, probes and kNN at one k; of each, all variants."""
     groups: dict[tuple[str, str, str, int], list[float]] = {}
     for row in rows:
-        if row["protocol"] != "knn" or _is_best_knn(row):
-            detail = {"knn": f", k {BEST_K}", "finetuned_weights": f": {row.get('weights')}"}.get(row["protocol"], "")
-            protocol = row["protocol"] + detail
+        if row["protocol"] not in KNN or row["k"] == BEST_K:
+            details = {"finetuned_weights": f": {row.get('weights')}"} | dict.fromkeys(KNN, f", k {BEST_K}")
+            protocol = row["protocol"] + details.get(row["protocol"], "")
             groups.setdefault((row["variant"], protocol, row["features"], row["labels"]), []).append(row["top1"])
     found = [
         Summary(*key, statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))

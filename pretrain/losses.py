@@ -66,6 +66,17 @@ def off_diagonal_squares(matrix: Tensor) -> Tensor:
     return (matrix - matrix.diagonal().diag()).square().sum()
 
 
+@in_full_precision
+def anisotropy(features: Tensor) -> Tensor:
+    """How unevenly `features` (N, D) vary, 0 if alike in every direction: |C / t - 1|^2 / D, with C their covariance, t its mean variance.
+
+    C / t is 1 for features that whitening would leave as they are.
+    """
+    shared = covariance(features)
+    identity = torch.eye(len(shared), dtype=shared.dtype, device=shared.device)
+    return (shared / shared.diagonal().mean().clamp_min(1e-12) - identity).square().sum() / len(shared)
+
+
 def lacking_deviation(z: Tensor) -> Tensor:
     """By how much the standard deviation of a column of `z` (N, D) falls short of 1, on average (arXiv:2105.04906, equations 1 and 2)."""
     return F.relu(1 - (z.var(dim=0) + 1e-4).sqrt()).mean()

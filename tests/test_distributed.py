@@ -135,6 +135,7 @@ CASES: dict[str, tuple[type[nn.Module], str, str, dict[str, Any]]] = {
     "moco_v2-sync_bn-eman": (Normed, "moco_v2", "sync_bn", {"queue_size": 64, **teacher("eman")}),
     "byol-sync_bn": (Normed, "byol", "bn", {"hidden_size": 32, "embedding_size": 16, **teacher("sync_bn")}),
     "simclr-sync_bn": (Normed, "simclr", "sync_bn", {"temperature": 0.1}),
+    "simclr-isotropy-sync_bn": (Normed, "simclr", "sync_bn", {"temperature": 0.1, "isotropy_weight": 0.1}),
     "simsiam-sync_bn": (Normed, "simsiam", "sync_bn", {"embedding_size": 24}),
     "barlow_twins-sync_bn": (NormFree, "barlow_twins", "sync_bn", {"embedding_size": 6}),
     # In the proportions of the paper, a 25th of its size, so that rounding is compared with gradients of about 1.

@@ -64,7 +64,10 @@ def test_a_run_leaves_what_the_design_promises(finished: Path) -> None:
     for kind in [
         ("finetuned", "finetuned", 40), ("supervised", "random", 40), ("supervised", "pretrained", 40), ("supervised", "pretrained", 1347),
         *(("linear", features, labels) for features in ("pixels", "random", "pretrained") for labels in (40, 1347)),
-        *(("knn", features, labels) for features in ("pixels", "random", "pretrained") for labels in (40, 1347)),
+        *(
+            (protocol, features, labels)
+            for protocol in ("knn", "knn_whitened") for features in ("pixels", "random", "pretrained") for labels in (40, 1347)
+        ),
     ]:  # fmt: skip
         assert kind in kinds
 

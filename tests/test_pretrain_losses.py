@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from modicum.pretrain.losses import (
     across_views,
+    anisotropy,
     cosines,
     covariance,
     cross_correlation,
@@ -128,6 +129,23 @@ def test_the_terms_of_vicreg_are_the_formula(n: int, d: int, k: int) -> None:
     lacking = sum(max(0, 1 - math.sqrt(shared[i][i] + 1e-4)) for i in range(d)) / d
     assert lacking_deviation(z).item() == pytest.approx(lacking, abs=1e-9)
     torch.autograd.gradcheck(lambda z: off_diagonal_squares(covariance(z)) + lacking_deviation(z), z.requires_grad_())
+
+
+@pytest.mark.parametrize(("n", "d", "k"), SIZES)
+def test_anisotropy_is_the_formula(n: int, d: int, k: int) -> None:
+    z = unit(n, d, 1) * torch.arange(1.0, d + 1) + 3
+    shared = covariance(z)
+    level = sum(shared[i, i].item() for i in range(d)) / d
+    expected = sum((shared[i, j].item() / level - (i == j)) ** 2 for i in range(d) for j in range(d)) / d
+    assert anisotropy(z).item() == pytest.approx(expected, rel=1e-9)
+    assert anisotropy(7 * z - 2).item() == pytest.approx(expected, rel=1e-9)
+    torch.autograd.gradcheck(anisotropy, z.requires_grad_())
+
+
+def test_features_that_vary_alike_have_no_anisotropy_and_equal_ones_that_of_the_identity() -> None:
+    even = torch.cat([torch.eye(4), -torch.eye(4)]).double()
+    assert anisotropy(even).item() == pytest.approx(0, abs=1e-12)
+    assert anisotropy(torch.full((5, 3), 7.0)).item() == pytest.approx(1)
 
 
 def test_equal_rows_lack_all_deviation_and_share_nothing() -> None:

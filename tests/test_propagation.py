@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.preprocessing import StandardScaler
 
 from modicum.data.images import Images
 from modicum.errors import InputError
@@ -16,6 +15,7 @@ from modicum.hardware import Hardware
 from modicum.method import Facts
 from modicum.networks import create_backbone
 from modicum.settings import BackboneSettings, Experiment
+from modicum.whitening import whiten
 
 
 def features(n: int, d: int, seed: int = 0) -> np.ndarray:
@@ -103,7 +103,7 @@ def test_one_label_a_cloud_labels_the_cloud(kind: str) -> None:
 def test_shares_are_sharpened_and_keep_their_order() -> None:
     rows, _ = clouds(20)
     labels = some_labels(60, 3)
-    scores = spread(neighbour_graph(StandardScaler(with_mean=False).fit_transform(rows), 10), labels, 3, "zhou") ** SHARPNESS
+    scores = spread(neighbour_graph(whiten(rows), 10), labels, 3, "zhou") ** SHARPNESS
     np.testing.assert_allclose(Propagation()(rows, labels, 3), scores / scores.sum(axis=1, keepdims=True))
 
 

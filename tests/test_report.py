@@ -115,7 +115,7 @@ def test_results_hold_a_row_for_every_protocol_features_and_bank(finished):
     _, results = finished
     found = {(row["protocol"], row["features"], row["labels"]) for row in results["rows"]}
     features = ("pretrained", "finetuned", "random", "pixels")
-    expected = {(protocol, name, labels) for protocol in ("knn", "linear") for name in features for labels in (40, 200)}
+    expected = {(protocol, name, labels) for protocol in ("knn", "knn_whitened", "linear") for name in features for labels in (40, 200)}
     classifiers = {("finetuned", "finetuned", 40), ("finetuned_weights", "finetuned", 40)}
     assert found == expected | classifiers | {("supervised", "random", 40), ("supervised", "pretrained", 200)}
     assert [row["weights"] for row in results["rows"] if row["protocol"] == "finetuned_weights"] == ["student"]

@@ -150,8 +150,8 @@ def test_mean_and_spread() -> None:
     rows = [{"variant": "", "protocol": "finetuned", "features": "finetuned", "labels": 40, "top1": value} for value in values]
     (summary,) = summaries(rows)
     assert (summary.mean, summary.spread, summary.count) == (statistics.fmean(values), statistics.stdev(values), 4)
-    found = summaries({**row, "protocol": "knn", "k": k} for row in rows for k in (1, 20))
-    assert [(summary.protocol, summary.count) for summary in found] == [("knn, k 20", 4)]
+    found = summaries({**row, "protocol": protocol, "k": k} for row in rows for k in (1, 20) for protocol in ("knn", "knn_whitened"))
+    assert [(summary.protocol, summary.count) for summary in found] == [("knn, k 20", 4), ("knn_whitened, k 20", 4)]
     (single,) = summaries(rows[:1])
     assert (single.mean, single.spread, single.count) == (0.91, None, 1)
 

@@ -1,5 +1,6 @@
 """Learning curves from the stages' metrics.csv: charts of what they hold, none of what they lack."""
 
+import itertools
 import json
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -220,15 +221,18 @@ FEATURES = {"finetuned": "fine-tuned backbone", "pretrained": "pretrained backbo
 
 
 def knn_charts(results: dict[str, Any]) -> list[Chart]:
-    """kNN accuracy over k, a chart a bank."""
+    """kNN accuracy over k, a chart a bank and kind of features."""
     charts = []
-    rows = [row for row in results["rows"] if row["protocol"] == "knn"]
-    for bank in sorted({row["labels"] for row in rows}):
+    kinds = {"knn": "", "knn_whitened": ", features whitened"}
+    rows = [row for row in results["rows"] if row["protocol"] in kinds]
+    for bank, protocol in itertools.product(sorted({row["labels"] for row in rows}), kinds):
         series = []
         for at, (features, words) in enumerate(FEATURES.items()):
-            points = [(row["k"], row["top1"]) for row in rows if row["labels"] == bank and row["features"] == features]
+            wanted = (bank, protocol, features)
+            points = [(row["k"], row["top1"]) for row in rows if (row["labels"], row["protocol"], row["features"]) == wanted]
             series.append(Series(words, sorted(points), at, dashed=features in ("random", "pixels"), dots=True))
         whole = "all " if bank == results["images"]["all_labels"] else "the run's "
-        drawing = line_chart(series, "k, the neighbours that vote", share=True, log_x=True, label=f"kNN accuracy over k, {bank} labels")
-        charts.append(Chart(f"kNN among {whole}{bank:,} labels, %", "", drawing))
+        name = f"{whole}{bank:,} labels{kinds[protocol]}"
+        drawing = line_chart(series, "k, the neighbours that vote", share=True, log_x=True, label=f"kNN accuracy over k, {name}")
+        charts.append(Chart(f"kNN among {name}, %", "", drawing))
     return charts

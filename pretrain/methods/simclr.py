@@ -13,7 +13,7 @@ from modicum.data.stream import Batch
 from modicum.method import Decisions, Facts, Loss, Method, Recipe
 from modicum.networks import Backbone, mlp
 from modicum.networks.stems import SMALL_IMAGE
-from modicum.pretrain.losses import nt_xent
+from modicum.pretrain.losses import anisotropy, nt_xent
 from modicum.settings import AUTO
 
 
@@ -34,19 +34,26 @@ class SimCLR(Method):
         temperature: Annotated[float, Gt(0), "divides the cosine similarities"] = AUTO,
         embedding_size: Annotated[int, Ge(2), "dimensions of the embeddings"] = 128,
         head_layers: Annotated[int, Ge(1), "linear layers of the head"] = 2,
+        isotropy_weight: Annotated[float, Ge(0), "of how unevenly the backbone's features vary; the paper has none"] = 0.0,
     ) -> None:
         super().__init__()
         head = mlp(backbone.num_features, backbone.num_features, embedding_size, num_layers=head_layers, norm=True)
         self.student = nn.Sequential(backbone, head)
-        self.temperature = temperature
+        self.temperature, self.isotropy_weight = temperature, isotropy_weight
 
     def forward(self, batch: Batch) -> Loss:
         images = batch["unlabelled"]
         both = torch.cat([images.view(0), images.view(1)])
-        z = F.normalize(self.student(both).float(), dim=1)  # (2N, D)
+        backbone, head = self.student
+        features = backbone(both)
+        z = F.normalize(head(features).float(), dim=1)  # (2N, D)
         first, second = z.chunk(2)
         offset = distributed.rank() * len(first)
-        return Loss(nt_xent(first, second, distributed.gather(first), distributed.gather(second), offset, self.temperature))
+        contrast = nt_xent(first, second, distributed.gather(first), distributed.gather(second), offset, self.temperature)
+        if not self.isotropy_weight:
+            return Loss(contrast)
+        uneven = self.isotropy_weight * anisotropy(distributed.gather(features.float()))
+        return Loss(contrast + uneven, {"contrast": contrast, "anisotropy": uneven})
 
     @classmethod
     def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
