@@ -8,6 +8,7 @@ FINISH = {
     "propagate": "fitted after the last step to labels propagated over the tuned features",
     "average": "fitted after the last step to the average of its own guesses and labels propagated over the tuned features",
 }
+WHITENED = "standardised and turned, so that over the training images all directions vary alike; no label takes part"
 OVER = {
     "random": "the same network, trained on the same labels alone from random weights",
     "pretrained": "the same network, trained on the same labels alone from the same backbone",
@@ -114,6 +115,7 @@ def facts(results: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str, 
         ("Classifier", f"{WEIGHTS[two['export']]}, as finetune.export says; no image has chosen them" if two["export"] in WEIGHTS else ""),
         ("Its head", FINISH.get(two["finish"], "")),
         ("kNN", f"cosine similarity, votes exp(similarity / {results['knn']['temperature']:g})"),
+        ("Whitened features", WHITENED if any(row["protocol"] == "knn_whitened" for row in results["rows"]) else ""),
         ("Linear probe", "logistic regression on standardised features, regularisation chosen on the labels"),
         ("Computed on", results["hardware"]),
         ("Evaluation took", f"{results['seconds']:.0f} s"),

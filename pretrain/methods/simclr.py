@@ -44,9 +44,8 @@ class SimCLR(Method):
     def forward(self, batch: Batch) -> Loss:
         images = batch["unlabelled"]
         both = torch.cat([images.view(0), images.view(1)])
-        backbone, head = self.student
-        features = backbone(both)
-        z = F.normalize(head(features).float(), dim=1)  # (2N, D)
+        features = self.student[0](both)
+        z = F.normalize(self.student[1](features).float(), dim=1)  # (2N, D)
         first, second = z.chunk(2)
         offset = distributed.rank() * len(first)
         contrast = nt_xent(first, second, distributed.gather(first), distributed.gather(second), offset, self.temperature)
