@@ -20,6 +20,7 @@ from modicum.settings import AUTO
 class SimCLR(Method):
     """Two views of an image must find each other among all views of the batch, on all ranks."""
 
+    student: nn.Sequential  # backbone, head
     views: ClassVar = {"unlabelled": ("simclr", "simclr")}
     one_size: ClassVar = True
     recipe: ClassVar = Recipe("lars", lr=0.3, sqrt_lr=1.2, weight_decay=1e-6, warmup=0.1)  # 0.3 B / 256, or 0.075 sqrt(B)
