@@ -383,6 +383,17 @@ def test_charts_hold_every_point_within_the_frame_and_round_ticks():
     assert "&lt;script&gt;" in heat_map([[1, 0], [2, 3]], [EVIL, "b"])
 
 
+def test_whitened_features_are_left_out_where_the_settings_say_so(tmp_path):
+    session = session_of(tmp_path / "run", ["labelled"] * 20 + ["unlabelled"] * 20 + ["test"] * 30, NAMES, stages=("pretrain",))
+    settings = session.experiment.evaluate
+    plain = settings.model_copy(update={"knn": settings.knn.model_copy(update={"whitened": False})})
+    session.experiment = session.experiment.model_copy(update={"evaluate": plain})
+    run(session)
+    results = json.loads((tmp_path / "run" / "evaluate" / "results.json").read_text())
+    assert {row["protocol"] for row in results["rows"]} == {"knn", "linear"}
+    assert "hitened" not in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_large_bank_is_searched_by_an_index_and_the_results_say_so(tmp_path):
     session = session_of(tmp_path / "run", ["labelled"] * 20 + ["unlabelled"] * 20 + ["test"] * 30, NAMES, stages=("pretrain",))
     settings = session.experiment.evaluate

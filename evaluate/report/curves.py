@@ -1,6 +1,5 @@
 """Learning curves from the stages' metrics.csv: charts of what they hold, none of what they lack."""
 
-import itertools
 import json
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -225,7 +224,7 @@ def knn_charts(results: dict[str, Any]) -> list[Chart]:
     charts = []
     kinds = {"knn": "", "knn_whitened": ", features whitened"}
     rows = [row for row in results["rows"] if row["protocol"] in kinds]
-    for bank, protocol in itertools.product(sorted({row["labels"] for row in rows}), kinds):
+    for bank, protocol in sorted({(row["labels"], row["protocol"]) for row in rows}):
         series = []
         for at, (features, words) in enumerate(FEATURES.items()):
             wanted = (bank, protocol, features)
