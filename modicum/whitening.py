@@ -2,12 +2,11 @@
 
 import numpy as np
 
-PART = 4096  # images at a time: bounds the memory of copies
 PRIOR = 100  # images' worth of doubt about the least directions: docs/results.md
 
 
 def standardise(features: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-    """(N, D) float32, each column with mean 0 and deviation 1 over the images in `rows`; a constant column becomes 0.
+    """`features` (N, D) float32, each column with mean 0 and deviation 1 over the images in `rows`; a constant column becomes 0.
 
     `rows` are all training images, labelled or not: a handful of labelled ones would tell too little of the deviations.
     """
@@ -19,7 +18,7 @@ def standardise(features: np.ndarray, rows: np.ndarray | slice = slice(None)) ->
 
 
 def whiten(features: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-    """(N, D) float32, standardised and turned so that over the images in `rows` all directions vary alike, and none with another.
+    """`features` (N, D) float32, standardised and turned: over the images in `rows` all directions vary alike, none with another.
 
     Between features as they are, the few directions that vary most decide who is near; between these, all do (Jegou and Chum 2012,
     "Negative evidences and co-occurences in image retrieval: the benefit of PCA and whitening", ECCV). From n images the variance of
@@ -27,10 +26,6 @@ def whiten(features: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.n
     """
     scaled = standardise(features, rows)
     seen = scaled[rows]
-    covariance = np.zeros((seen.shape[1], seen.shape[1]))
-    for start in range(0, len(seen), PART):
-        part = seen[start : start + PART]
-        covariance += part.T @ part / len(seen)
-    variances, directions = np.linalg.eigh(covariance)
+    variances, directions = np.linalg.eigh((seen.T @ seen / len(seen)).astype(np.float64))
     doubted = variances.clip(0) + PRIOR / len(seen) * variances[-1].clip(1e-12)
     return scaled @ (directions / np.sqrt(doubted)).astype(np.float32)
