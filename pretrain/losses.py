@@ -70,7 +70,7 @@ def off_diagonal_squares(matrix: Tensor) -> Tensor:
 def anisotropy(features: Tensor) -> Tensor:
     """How unevenly `features` (N, D) vary, 0 if alike in every direction: |C / t - 1|^2 / D, with C their covariance, t its mean variance.
 
-    C / t is 1 for features that whitening would leave as they are.
+    C / t is 1 for features that whitening would leave as they are. Kin to VICReg's covariance term (arXiv:2105.04906, equation 4).
     """
     shared = covariance(features)
     identity = torch.eye(len(shared), dtype=shared.dtype, device=shared.device)
