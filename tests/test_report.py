@@ -391,7 +391,10 @@ def test_whitened_features_are_left_out_where_the_settings_say_so(tmp_path):
     run(session)
     results = json.loads((tmp_path / "run" / "evaluate" / "results.json").read_text())
     assert {row["protocol"] for row in results["rows"]} == {"knn", "linear"}
-    assert "hitened" not in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "kNN among" in page
+    assert "features whitened" not in page
+    assert "Whitened features" not in page
 
 
 def test_a_large_bank_is_searched_by_an_index_and_the_results_say_so(tmp_path):
