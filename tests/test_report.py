@@ -383,6 +383,12 @@ def test_charts_hold_every_point_within_the_frame_and_round_ticks():
     assert "&lt;script&gt;" in heat_map([[1, 0], [2, 3]], [EVIL, "b"])
 
 
+def test_neighbours_among_whitened_features_have_their_charts(finished):
+    page = (finished[0] / "report.html").read_text()
+    assert "kNN among all 200 labels, whitened, %" in page
+    assert "Whitened features" in page
+
+
 def test_whitened_features_are_left_out_where_the_settings_say_so(tmp_path):
     session = session_of(tmp_path / "run", ["labelled"] * 20 + ["unlabelled"] * 20 + ["test"] * 30, NAMES, stages=("pretrain",))
     settings = session.experiment.evaluate
@@ -393,7 +399,7 @@ def test_whitened_features_are_left_out_where_the_settings_say_so(tmp_path):
     assert {row["protocol"] for row in results["rows"]} == {"knn", "linear"}
     page = (tmp_path / "run" / "report.html").read_text()
     assert "kNN among" in page
-    assert "features whitened" not in page
+    assert "labels, whitened" not in page
     assert "Whitened features" not in page
 
 

@@ -222,7 +222,7 @@ FEATURES = {"finetuned": "fine-tuned backbone", "pretrained": "pretrained backbo
 def knn_charts(results: dict[str, Any]) -> list[Chart]:
     """kNN accuracy over k, a chart a bank and kind of features."""
     charts = []
-    kinds = {"knn": "", "knn_whitened": ", features whitened"}
+    kinds = {"knn": "", "knn_whitened": ", whitened"}
     rows = [row for row in results["rows"] if row["protocol"] in kinds]
     for bank, protocol in sorted({(row["labels"], row["protocol"]) for row in rows}):
         series = []
