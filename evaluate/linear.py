@@ -10,14 +10,12 @@ import numpy as np
 import torch
 
 from modicum.data.stratify import stratified_folds
-from modicum.evaluate.softmax_regression import SoftmaxRegression
 from modicum.hardware import has_fast_bf16
 from modicum.randomness import seed_of
 from modicum.settings import LinearSettings
+from modicum.softmax_regression import FINE, ROUGH, SoftmaxRegression, worthwhile_precision
 
 FEW = 20  # labels a class under which nothing is held out: the choice is made by k-fold
-SINGLE, DOUBLE = (3e-4, 3e-5), (1e-5, 1e-8)  # tolerances by precision: to rank strengths, and for the probe that is judged
-SMALL = 2**22  # numbers up to which the problem is solved in float64: cheap there, and it ends closer to the optimum
 
 
 @dataclass(frozen=True)
@@ -48,19 +46,18 @@ def fit_probe(
     """
     strengths = sorted(set(settings.strengths))
     device = torch.device(device)
-    double = features.size <= SMALL and device.type != "mps"  # mps has no float64
-    inputs = torch.from_numpy(features).to(device, torch.float64 if double else torch.float32)
+    inputs = torch.from_numpy(features).to(device)
+    inputs = inputs.to(worthwhile_precision(inputs))
     regression = SoftmaxRegression(inputs, torch.from_numpy(labels).to(device), num_classes)
-    rough, fine = DOUBLE if double else SINGLE
     held, chosen = _held_out(labels, seed, validation)
     if held is None:
         strength, start = strengths[(len(strengths) - 1) // 2], None
     else:
-        precision = torch.bfloat16 if not double and has_fast_bf16(device) else None
+        precision = torch.bfloat16 if inputs.dtype == torch.float32 and has_fast_bf16(device) else None
         apart = torch.from_numpy(held).to(device)
-        strength, start = _best(regression, strengths, apart, rough, settings.max_iterations, precision)
+        strength, start = _best(regression, strengths, apart, ROUGH[inputs.dtype], settings.max_iterations, precision)
     everything = torch.ones(1, len(labels), dtype=torch.bool, device=device)
-    [solution] = regression.solve(torch.tensor([strength]).to(inputs), everything, fine, settings.max_iterations, start)
+    [solution] = regression.solve(torch.tensor([strength]).to(inputs), everything, FINE[inputs.dtype], settings.max_iterations, start)
     weight, bias = regression.linear_map(solution)
     return Probe(weight.float(), bias.float(), strength, chosen)
 

@@ -7,10 +7,11 @@ from scipy.special import log_softmax
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
+from modicum import softmax_regression
 from modicum.data.stratify import stratified_folds
 from modicum.evaluate import linear
-from modicum.evaluate.softmax_regression import SoftmaxRegression
 from modicum.settings import LinearSettings
+from modicum.softmax_regression import FINE, ROUGH, SoftmaxRegression
 from modicum.whitening import standardise
 
 SETTINGS = LinearSettings()
@@ -30,7 +31,7 @@ def objective(features, labels, weight, bias, strength):
     return strength * losses.sum() + 0.5 * np.square(weight).sum()
 
 
-def solved(features, labels, strengths, used=None, tolerance=linear.DOUBLE[1], dtype=torch.float64, **options):
+def solved(features, labels, strengths, used=None, tolerance=FINE[torch.float64], dtype=torch.float64, **options):
     """Weights (D, C) and intercepts (C,), float64, one pair a strength."""
     regression = SoftmaxRegression(torch.from_numpy(features).to(dtype), torch.from_numpy(labels), 10)
     used = torch.ones(len(strengths), len(labels), dtype=torch.bool) if used is None else used
@@ -57,7 +58,7 @@ def test_objective_and_predictions_agree_with_scikit_learn(digits, rows):
         assert same.mean() >= 0.998
 
 
-@pytest.mark.parametrize("tolerance", linear.SINGLE)
+@pytest.mark.parametrize("tolerance", [ROUGH[torch.float32], FINE[torch.float32]])
 @pytest.mark.parametrize("strength", [1e-3, 0.1, 10.0])
 def test_what_is_left_of_the_objective_is_of_the_order_of_the_tolerance(digits, strength, tolerance):
     features, labels, train, _ = digits
@@ -77,7 +78,7 @@ def test_bf16_products_rank_strengths_as_float64_does(digits):
         return np.array([((features[test] @ weight + bias).argmax(axis=1) == labels[test]).mean() for weight, bias in found])
 
     exact = accuracies(solved(*args))
-    rounded = accuracies(solved(*args, tolerance=linear.SINGLE[0], dtype=torch.float32, precision=torch.bfloat16))
+    rounded = accuracies(solved(*args, tolerance=ROUGH[torch.float32], dtype=torch.float32, precision=torch.bfloat16))
     np.testing.assert_allclose(rounded, exact, atol=0.015)
     assert exact[rounded.argmax()] >= exact.max() - 0.003
 
@@ -102,6 +103,17 @@ def test_a_start_at_the_solution_stays_there(digits):
     assert torch.equal(regression.solve(torch.tensor([0.1]), everything, 1e-9, 2000, start=found), found)
 
 
+def test_shares_of_the_classes_stand_for_labels_where_they_are_certain(digits):
+    features, labels, train, _ = digits
+    inputs, everything = torch.from_numpy(features[train]).double(), torch.ones(1, len(train), dtype=torch.bool)
+    targets = torch.from_numpy(labels[train])
+    by_label, by_share = (
+        SoftmaxRegression(inputs, given, 10).solve(torch.tensor([0.1]), everything, 1e-10, 2000)
+        for given in (targets, torch.nn.functional.one_hot(targets, 10).double())
+    )
+    torch.testing.assert_close(by_share, by_label, atol=1e-5, rtol=1e-4)
+
+
 def take(labels, a_class):
     return np.concatenate([np.flatnonzero(labels == label)[:a_class] for label in range(10)])
 
@@ -120,7 +132,7 @@ def test_choice_by_validation_takes_the_best_there_and_refits_on_all(digits):
 
 def test_choice_of_a_large_problem_takes_scikit_learns_strength_and_accuracy(digits, monkeypatch):
     features, labels, train, test = digits
-    monkeypatch.setattr(linear, "SMALL", 0)  # single precision, ranked from rough solutions
+    monkeypatch.setattr(softmax_regression, "SMALL", 0)  # single precision, ranked from rough solutions
     validation = np.arange(len(train)) >= 500
     probe = linear.fit_probe(features[train], labels[train], 10, SETTINGS, 0, validation)
     fits = [by_scikit_learn(features[train[:500]], labels[train[:500]], strength) for strength in SETTINGS.strengths]

@@ -9,12 +9,20 @@ nearly round, so that it takes few steps, and numbers rounded to bf16 do not can
 import torch
 
 LOGITS = 2**19  # at a time: they stay in the cache between the two products
+SMALL = 2**22  # numbers up to which a problem is worth float64: it is cheap there, and the solution ends closer to the optimum
+ROUGH = {torch.float32: 3e-4, torch.float64: 1e-5}  # tolerances: to rank problems
+FINE = {torch.float32: 3e-5, torch.float64: 1e-8}  # and for a solution that is used
 SURVEYED = 10_000  # images that the principal axes are taken from: any axes give the same solution, good ones give it soon
 MEMORY, REMEMBERED = 10, 2**28  # steps that L-BFGS remembers, unless they hold more numbers than this
 
 
+def worthwhile_precision(features: torch.Tensor) -> torch.dtype:
+    """float64 for small problems, where the device has it."""
+    return torch.float64 if features.numel() <= SMALL and features.device.type != "mps" else torch.float32
+
+
 class SoftmaxRegression:
-    """Problems on `features` (N, D), float32 or float64, with `labels` int64 (N,) in 0..num_classes-1.
+    """Problems on `features` (N, D), float32 or float64, with `labels` int64 (N,) in 0..num_classes-1, or shares of the classes (N, C).
 
     Solutions are (Q, C, R + 1) for Q problems: weights along the R = min(N, D) principal axes, then the intercept.
     """
@@ -96,9 +104,15 @@ class SoftmaxRegression:
         for part, labels, weight in zip(features.split(chunk), self.labels.split(chunk), share[wanted].split(chunk, dim=1), strict=True):
             logits = (rows @ part.T).to(some.dtype).unflatten(0, some.shape[:2]) + intercepts  # (Q, C, n)
             logarithms = logits.log_softmax(dim=1)
-            own = labels.expand(len(some), 1, -1)
-            value -= (logarithms.gather(1, own)[:, 0] * weight).sum(dim=1)
-            error = logarithms.exp_().scatter_add_(1, own, weight.new_full((), -1).expand(own.shape)).mul_(weight[:, None])
+            if labels.ndim == 1:
+                own = labels.expand(len(some), 1, -1)
+                likelihood = logarithms.gather(1, own)[:, 0]
+                error = logarithms.exp_().scatter_add_(1, own, weight.new_full((), -1).expand(own.shape))
+            else:
+                likelihood = (logarithms * labels.T).sum(dim=1)
+                error = logarithms.exp_().sub_(labels.T)
+            value -= (likelihood * weight).sum(dim=1)
+            error.mul_(weight[:, None])
             gradient[..., :-1] += (error.flatten(0, 1).to(features.dtype) @ part).unflatten(0, some.shape[:2])
             gradient[..., -1] += error.sum(dim=2)
         pull = decay[wanted] * some
