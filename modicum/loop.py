@@ -202,6 +202,7 @@ def mask_unless_finite(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     """Zeroes all gradients unless loss and gradients are finite, without asking the device. Returns 1.0 or 0.0 on the device."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients)) & torch.isfinite(loss.detach())
+    spoilt = ~finite
     for gradient in gradients:
-        gradient.masked_fill_(~finite, 0)
+        gradient.masked_fill_(spoilt, 0)
     return finite.float()
