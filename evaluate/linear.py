@@ -48,7 +48,7 @@ def fit_probe(
     device = torch.device(device)
     inputs = torch.from_numpy(features).to(device)
     inputs = inputs.to(worthwhile_precision(inputs))
-    regression = SoftmaxRegression(inputs, torch.from_numpy(labels).to(device), num_classes)
+    regression = SoftmaxRegression(inputs, torch.tensor(labels, device=device), num_classes)
     held, chosen = _held_out(labels, seed, validation)
     if held is None:
         strength, start = strengths[(len(strengths) - 1) // 2], None
