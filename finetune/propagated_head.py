@@ -35,7 +35,7 @@ def propagated_head(
             said = F.linear(features, trained.weight.detach().cpu(), trained.bias.detach().cpu()).double().softmax(dim=1)
             targets = (targets + aligned(said.numpy(), how.prior)) / 2
         device = session.hardware.device
-        weight, bias = fit_head(features.to(device), torch.from_numpy(targets).to(device, torch.float32))
+        weight, bias = fit_head(features.to(device), torch.from_numpy(targets).float().to(device))  # not every device has float64
     judged = (images.labels[rows] != UNKNOWN) & (given == UNKNOWN)
     if not judged.any():
         return weight, bias, {}
