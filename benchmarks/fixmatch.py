@@ -4,9 +4,9 @@ Claim: WideResNet-28-2, 64 labelled and 7 x 64 unlabelled images of 32 px a step
 arrangement (weak views apart, without gradient), at least 4 times with `weak_in_batch`, which does the same work as the peer.
 
 Ours is the beginning of a real run of stage two: the training loop, the views, the audit of the pseudo-labels, the average. The peer has
-the structure that the common re-implementations share, written here with torchvision's transforms and two DataLoaders (2 workers each):
-images one by one through PIL, labelled, weak and strong views interleaved through one pass, masked cross-entropy, SGD with Nesterov
-momentum, an average of all weights after each step, fp32.
+the structure that the common re-implementations share, written here with torchvision's transforms and two DataLoaders (2 workers each), in
+a process of its own: images one by one through PIL, labelled, weak and strong views interleaved through one pass, masked cross-entropy,
+SGD with Nesterov momentum, an average of all weights after each step, fp32.
 """
 
 import copy
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from benchmarks.pairs import Row, Work, compared, device_clock, train_in_turn
+from benchmarks.pairs import Row, Work, apart, compared, device_clock, train_in_turn
 from benchmarks.pictures import DATA, Pictures, batches, fashion_images
 from modicum.data.images import Images
 from modicum.data.stream import Stream
@@ -84,10 +84,10 @@ def run(quick: bool) -> Iterator[Row]:
         asked = {"data": DATA, "finetune": {"method": method, "labels": LABELS, "batch_size": batch, "steps": 100_000}}
         experiment, _ = resolve(Experiment.model_validate(asked), images)
         hardware = choose_hardware(experiment)
-        others = {PEER: peer_step(images, batch, experiment.finetune.mu, hardware.device)}
-        with tempfile.TemporaryDirectory() as folder:
+        peer = apart(peer_step, batch, experiment.finetune.mu, hardware.device)
+        with peer as step, tempfile.TemporaryDirectory() as folder:
             training = begin(experiment, images, hardware, Path(folder))
-            seconds = train_in_turn(training, STEPS, others, 1 if quick else 3, device_clock(hardware.device))
+            seconds = train_in_turn(training, STEPS, {PEER: step}, 1 if quick else 3, device_clock(hardware.device))
         each = {name: [value / (STEPS if name == "ours" else 1) for value in values] for name, values in seconds.items()}
         yield from compared("fixmatch", f"WRN-28-2, {title}", each, unit="s a step", bars={PEER: bar})
 
@@ -138,7 +138,8 @@ class WeakAndStrong:
         return self.weak(image), self.strong(image)
 
 
-def peer_step(images: Images, batch: int, mu: int, device: torch.device) -> Work:
+def peer_step(batch: int, mu: int, device: torch.device) -> Work:
+    images = fashion_images()
     both, train = WeakAndStrong(), images.rows("train")
     labelled = batches(Pictures(images, train[:LABELS], both.weak), batch)
     unlabelled = batches(Pictures(images, train, both), batch * mu)

@@ -1,21 +1,25 @@
 """What every comparison shares: candidates that take turns, medians, ratios and bars.
 
-Candidates alternate within one process, so that whatever else the machine does falls on all alike; a ratio is of two medians of one such
+Candidates alternate within one run, so that whatever else the machine does falls on all alike; a ratio is of two medians of one such
 run. Single figures move with the machine and its neighbours, ratios much less.
 """
 
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
 from modicum.loop import Monitor, Training
 from modicum.record import warn
 
+WARM_UP = 3  # rounds of a peer in a process of its own, in which its C library adapts to how large its tensors are
 Clock = Callable[[], float]
 Seconds = dict[str, list[float]]  # candidate, ours first -> seconds of each of its rounds
 Work = Callable[[], object]
@@ -56,6 +60,38 @@ def device_clock(device: torch.device) -> Clock:
         return time.perf_counter()
 
     return clock
+
+
+@contextmanager
+def apart(build: Callable[..., Work], *arguments: Any) -> Iterator[Work]:
+    """The work `build(*arguments)` of a peer, warm, in a process of its own: what ours asks of the C library is not the peer's
+    (`keep_freed_memory`)."""
+    context = multiprocessing.get_context("spawn")
+    connection, other_end = context.Pipe()
+    process = context.Process(target=_serve, args=(other_end, build, arguments))
+    process.start()
+    other_end.close()
+
+    def work() -> None:
+        connection.send("a round")
+        connection.recv()
+
+    with connection:
+        connection.recv()  # until it stands ready
+        yield work
+    process.join()
+
+
+def _serve(connection: Connection, build: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
+    multiprocessing.set_start_method(None, force=True)  # the platform's, for a DataLoader's workers, instead of this process's own
+    work = build(*arguments)
+    for _ in range(WARM_UP):
+        work()
+    connection.send("ready")
+    with suppress(EOFError):  # at the other end's close
+        while connection.recv():
+            work()
+            connection.send("done")
 
 
 def take_turns(candidates: Mapping[str, Work], rounds: int, clock: Clock, *, warm_up: bool = True, once: Iterable[str] = ()) -> Seconds:

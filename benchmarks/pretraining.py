@@ -5,10 +5,10 @@ architecture, batch (256), views and queue (4096); and at least 85 % of the thro
 teacher's update, optimizer and log together cost at most 15 %.
 
 Ours is the beginning of a real run of 100 epochs on Fashion-MNIST as 32 px RGB: the training loop itself, each method with its paper's
-optimizer, in the precision that the hardware suggests. lightly is what its documented example of the method does: its transform on PIL
-images, a DataLoader (2 workers), its heads, loss and momentum update, plain SGD, fp32. Its transform gets our numbers for 32 px (crops from
-a fifth of the area, no blur, SimCLR's jitter at half strength), which make it faster than its own. Its momentum encoder normalises by its
-own batch: `bn` is the same mathematics, `shuffle_bn` our default, `eman` what the shipped configs take.
+optimizer, in the precision that the hardware suggests. lightly is what its documented example of the method does, in a process of its own:
+its transform on PIL images, a DataLoader (2 workers), its heads, loss and momentum update, plain SGD, fp32. Its transform gets our numbers
+for 32 px (crops from a fifth of the area, no blur, SimCLR's jitter at half strength), which make it faster than its own. Its momentum
+encoder normalises by its own batch: `bn` is the same mathematics, `shuffle_bn` our default, `eman` what the shipped configs take.
 
 The bare step is the method's own forward (its loss included) and backward on random tensors that stand ready.
 """
@@ -16,13 +16,14 @@ The bare step is the method's own forward (its loss included) and backward on ra
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.pairs import Row, Work, compared, device_clock, installed, train_in_turn
+from benchmarks.pairs import Row, Work, apart, compared, device_clock, installed, train_in_turn
 from benchmarks.pictures import DATA, Pictures, batches, fashion_images
 from modicum.data.images import Images
 from modicum.data.stream import Sample, Stream
@@ -58,9 +59,10 @@ def run(quick: bool) -> Iterator[Row]:
             experiment = experiment_of(images, network, settings, batch)
             hardware = choose_hardware(experiment)
             others: dict[str, Work] = {BARE: bare_step(experiment, images, hardware)}
-            if with_lightly:
-                others[LIGHTLY] = lightly_step(settings["name"], experiment, images, hardware.device)
-            with tempfile.TemporaryDirectory() as folder:
+            with ExitStack() as held:
+                if with_lightly:
+                    others[LIGHTLY] = held.enter_context(apart(lightly_step, settings["name"], experiment, hardware.device))
+                folder = held.enter_context(tempfile.TemporaryDirectory())
                 training = begin(experiment, images, hardware, Path(folder))
                 seconds = train_in_turn(training, STEPS, others, 1 if quick else rounds, device_clock(hardware.device))
             amounts = {"ours": STEPS * batch, BARE: STEPS * batch, LIGHTLY: batch}
@@ -136,8 +138,9 @@ def bare_step(experiment: Experiment, images: Images, hardware: Hardware) -> Wor
     return step
 
 
-def lightly_step(name: str, experiment: Experiment, images: Images, device: torch.device) -> Work:
+def lightly_step(name: str, experiment: Experiment, device: torch.device) -> Work:
     """One step of lightly's example of the method: the same architecture, batch and views, all else its own."""
+    images = fashion_images()
     backbone = create_backbone(experiment.backbone, images.channels, images.image_size, experiment.seed)
     trained, loss_of = LIGHTLY_METHODS[name](backbone)
     trained.to(device)

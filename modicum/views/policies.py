@@ -5,7 +5,6 @@ Claim: exact to torchvision's functionals with a draw for each image, at more th
 """
 
 import contextlib
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -173,15 +172,6 @@ def _where(chosen: Tensor, x: Tensor, function: Callable[[Tensor], Tensor]) -> T
     return x
 
 
-@functools.cache
-def _keep_freed_memory() -> None:
-    """On Linux: glibc hands freed blocks of megabytes back to the system, and paging them in again costs half as much as making the views.
-
-    Once it has seen a block of nearly 32 MB freed (whose pages are never touched), it keeps what is smaller. Process-wide, harmless.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
-
-
 # Settings that do nothing unless another one is on.
 _NEEDS = {
     **dict.fromkeys(("size", "crop_ratio"), "crop_scale"),
@@ -201,7 +191,6 @@ def build_policy(
     that the data rule out (colour on one channel, flips where `mirror` is false) and edits that would do nothing.
     """
     assert len(mean) == len(std) == channels
-    _keep_freed_memory()
     edits = dict(spec)
     name = edits.pop("name", None)
     if not isinstance(name, str):

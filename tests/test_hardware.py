@@ -1,0 +1,41 @@
+"""What a run asks of the machine."""
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+TURNS = 5
+SCRIPT = f"""
+import resource
+import sys
+import torch
+from modicum.hardware import choose_hardware
+from modicum.settings import Experiment
+
+if "chosen" in sys.argv:
+    choose_hardware(Experiment())
+
+def step():
+    tensors = [torch.ones(10 * 2**20) for _ in range(3)]  # of 40 MiB, above what the C library keeps by itself
+
+for _ in range({TURNS}):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range({TURNS}):
+    step()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / 2**20)
+"""
+
+
+def cleared(*arguments: str) -> float:
+    """MiB of fresh pages that the kernel has cleared for the tensors of TURNS steps."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone this is known")
+def test_a_step_gets_the_memory_that_the_one_before_has_freed() -> None:
+    assert cleared() > TURNS * 3 * 40 * 0.9  # or the tensors are too small to tell
+    assert cleared("chosen") < 3 * 40
