@@ -81,7 +81,7 @@ def run(quick: bool) -> Iterator[Row]:
     batch = 2 if quick else 64
     for title, (weak_in_batch, bar) in ARRANGEMENTS.items():
         method = {"name": "fixmatch", "weak_in_batch": weak_in_batch}
-        asked = {"data": DATA, "finetune": {"method": method, "labels": LABELS, "batch_size": batch, "steps": 100_000}}
+        asked = {"data": DATA, "finetune": {"method": method, "labels": LABELS, "batch_size": batch, "steps": 100_000}, "compile": False}
         experiment, _ = resolve(Experiment.model_validate(asked), images)
         hardware = choose_hardware(experiment)
         peer = apart(peer_step, batch, experiment.finetune.mu, hardware.device)

@@ -10,7 +10,8 @@ its transform on PIL images, a DataLoader (2 workers), its heads, loss and momen
 for 32 px (crops from a fifth of the area, no blur, SimCLR's jitter at half strength), which make it faster than its own. Its momentum
 encoder normalises by its own batch: `bn` is the same mathematics, `shuffle_bn` our default, `eman` what the shipped configs take.
 
-The bare step is the method's own forward (its loss included) and backward on random tensors that stand ready.
+The bare step is the method's own forward (its loss included) and backward on random tensors that stand ready. Nothing is compiled, which
+for these networks gains nothing on a CPU (docs/settings.md).
 """
 
 import copy
@@ -72,7 +73,7 @@ def run(quick: bool) -> Iterator[Row]:
 
 def experiment_of(images: Images, network: str, method: dict[str, Any], batch: int) -> Experiment:
     """A run of 100 epochs with every `auto` decided."""
-    asked = {"data": DATA, "backbone": {"name": network}, "pretrain": {"method": method, "batch_size": batch}}
+    asked = {"data": DATA, "backbone": {"name": network}, "pretrain": {"method": method, "batch_size": batch}, "compile": False}
     experiment, _ = resolve(Experiment.model_validate(asked), images)
     return experiment
 

@@ -10,12 +10,13 @@ from torch import nn
 
 from modicum.networks import Backbone
 
-LONG = 10_000  # steps; a minute of compilation is 6 % (0 to 13 were measured) of as many steps of a tenth of a second
+LONG = 10_000  # steps; a minute of compilation is 6 % (-3 to 22 were measured) of as many steps of a tenth of a second
+PLACE = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def earns_compilation(device: torch.device, steps: int) -> bool:
-    """What `compile: auto` comes to. On two cores it gained nothing: 0.350 s a step (docs/settings.md) either way, after 32 s."""
-    return device.type == "cuda" and steps >= LONG
+def earns_compilation(device: torch.device, threads: int, steps: int) -> bool:
+    """What `compile: auto` comes to. On a CPU it gains where several threads share narrow layers (docs/settings.md), and seldom loses."""
+    return steps >= LONG and (device.type == "cuda" or (device.type == "cpu" and threads > 1))
 
 
 def compile_backbones(student: nn.Module, step: Callable[[], object], folder: Path) -> str:
@@ -24,7 +25,9 @@ def compile_backbones(student: nn.Module, step: Callable[[], object], folder: Pa
     Returns how long that took. Raises RuntimeError, with all as it was before, where this machine or network does not allow it: for
     want of a C++ compiler, for example. Code lies in `folder` unless TORCHINDUCTOR_CACHE_DIR names another place for it.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    given = Path(os.environ.get(PLACE, folder)).name
+    if given == folder.name or given.startswith("torchinductor_"):  # an earlier stage's, or what torch sets as it is imported
+        os.environ[PLACE] = str(folder)
     backbones = [module for module in student.modules() if isinstance(module, Backbone)]
     began = time.monotonic()
     for backbone in backbones:

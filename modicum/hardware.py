@@ -42,7 +42,8 @@ class Hardware:
             if self.device.type == "cuda"
             else f"{self.threads} thread{'' if self.threads == 1 else 's'}"
         )
-        compiled = {True: ", compiled", False: "", "auto": ", compiled if a stage is long" if self.device.type == "cuda" else ""}
+        auto = ", compiled if a stage is long" if self.device.type == "cuda" or (self.device.type == "cpu" and self.threads > 1) else ""
+        compiled = {True: ", compiled", False: "", "auto": auto}
         return f"{self.device}, {name}, {self.precision}{compiled[self.compile]}"
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modicum.compilation import LONG, earns_compilation
+from modicum.compilation import LONG, PLACE, compile_backbones, earns_compilation
 from modicum.data.stream import Batch
 from modicum.errors import Interrupted
 from modicum.hardware import Hardware
@@ -79,8 +79,8 @@ def look(student: nn.Module) -> dict[str, float]:
 
 @pytest.fixture(autouse=True)
 def no_code_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # so that what the run sets is taken back
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv(PLACE, "")  # so that what the run sets is taken back
+    monkeypatch.delenv(PLACE)
 
 
 @pytest.mark.slow
@@ -122,6 +122,18 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_the_reason_is_told(
     assert_same(*(torch.load(tmp_path / name / "state.pt", weights_only=True) for name in ("tried", "plain")))
 
 
-def test_left_auto_only_long_runs_on_cuda_are_compiled() -> None:
+def test_left_auto_only_long_runs_on_cuda_or_several_threads_are_compiled() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert [earns_compilation(*case) for case in ((cuda, LONG), (cuda, LONG - 1), (cpu, LONG))] == [True, False, False]
+    cases = (cuda, 1, LONG), (cuda, 1, LONG - 1), (cpu, 2, LONG), (cpu, 2, LONG - 1), (cpu, 1, LONG)
+    assert [earns_compilation(*case) for case in cases] == [True, False, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(None, "second/compiled"), ("/tmp/torchinductor_me", "second/compiled"), ("first/compiled", "second/compiled"), ("mine", "mine")],
+)
+def test_code_lies_in_the_stage_unless_somebody_has_named_a_place(before: str | None, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if before:
+        monkeypatch.setenv(PLACE, before)
+    compile_backbones(nn.Sequential(), lambda: None, Path("second/compiled"))
+    assert os.environ[PLACE] == after
