@@ -38,7 +38,7 @@ def environment() -> str:
         except PackageNotFoundError:
             continue
     commit = f"{str(made.get('commit', 'none'))[:9]}{' with changes' if made.get('modified') else ''}"
-    machine = f"{processor_name()}, {os.cpu_count()} cores; {choose_hardware(Experiment()).describe()}"
+    machine = f"{processor_name()}, {os.cpu_count()} cores; {choose_hardware(Experiment(compile=False)).describe()}"
     return f"{machine}; {', '.join(versions)}; commit {commit}; {datetime.now(UTC):%d %B %Y}"
 
 
