@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from modicum.hardware import Hardware
 from modicum.networks import Backbone
 
 LONG = 10_000  # steps; a minute of compilation is 6 % (-3 to 22 were measured) of as many steps of a tenth of a second
 PLACE = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def earns_compilation(device: torch.device, threads: int, steps: int) -> bool:
-    """What `compile: auto` comes to. On a CPU it gains where several threads share narrow layers (docs/settings.md), and seldom loses."""
-    return steps >= LONG and (device.type == "cuda" or (device.type == "cpu" and threads > 1))
+def earns_compilation(hardware: Hardware, steps: int) -> bool:
+    """What `compile: auto` comes to."""
+    return steps >= LONG and hardware.gains_by_compiling
 
 
 def compile_backbones(student: nn.Module, step: Callable[[], object], folder: Path) -> str:

@@ -32,6 +32,11 @@ class Hardware:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
+    @property
+    def gains_by_compiling(self) -> bool:
+        """Whether a long stage may: on a CPU it does where several threads share narrow layers, and seldom loses (docs/settings.md)."""
+        return self.device.type == "cuda" or (self.device.type == "cpu" and self.threads > 1)
+
     def uncompiled(self) -> contextlib.AbstractContextManager[object]:
         """For what is done seldom: in evaluation mode or at another batch size a compiled network would be compiled once more."""
         return torch.compiler.set_stance("force_eager") if self.compile else contextlib.nullcontext()
@@ -42,8 +47,7 @@ class Hardware:
             if self.device.type == "cuda"
             else f"{self.threads} thread{'' if self.threads == 1 else 's'}"
         )
-        auto = ", compiled if a stage is long" if self.device.type == "cuda" or (self.device.type == "cpu" and self.threads > 1) else ""
-        compiled = {True: ", compiled", False: "", "auto": auto}
+        compiled = {True: ", compiled", False: "", "auto": ", compiled if a stage is long" if self.gains_by_compiling else ""}
         return f"{self.device}, {name}, {self.precision}{compiled[self.compile]}"
 
 

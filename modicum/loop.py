@@ -142,7 +142,7 @@ class Training:
     def _compile(self, start: int) -> None:
         """Settles whether the student's backbone is compiled, which a step for nothing shows: the state is then as it was."""
         if self.hardware.compile == "auto":
-            self.hardware = replace(self.hardware, compile=earns_compilation(self.hardware.device, self.hardware.threads, self.steps))
+            self.hardware = replace(self.hardware, compile=earns_compilation(self.hardware, self.steps))
         if not self.hardware.compile:
             return
         say(f"{self.title}: the backbone is compiled for {self.steps:,} steps, which takes a minute or more")

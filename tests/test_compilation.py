@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,9 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_the_reason_is_told(
 
 
 def test_left_auto_only_long_runs_on_cuda_or_several_threads_are_compiled() -> None:
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    cases = (cuda, 1, LONG), (cuda, 1, LONG - 1), (cpu, 2, LONG), (cpu, 2, LONG - 1), (cpu, 1, LONG)
+    one, gpu = (Hardware(torch.device(kind), "bf16", threads=1) for kind in ("cpu", "cuda"))
+    two = replace(one, threads=2)
+    cases = (gpu, LONG), (gpu, LONG - 1), (two, LONG), (two, LONG - 1), (one, LONG)
     assert [earns_compilation(*case) for case in cases] == [True, False, True, False, False]
 
 
