@@ -1,8 +1,10 @@
 """Compiled code for the student's backbone: made once, where a run is long enough to earn it, and kept in the run's folder."""
 
 import os
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -25,17 +27,29 @@ def compile_backbones(student: nn.Module, step: Callable[[], object], folder: Pa
     Returns how long that took. Raises RuntimeError, with all as it was before, where this machine or network does not allow it: for
     want of a C++ compiler, for example. Code lies in `folder` unless TORCHINDUCTOR_CACHE_DIR names another place for it.
     """
-    given = Path(os.environ.get(PLACE, folder)).name
-    if given == folder.name or given.startswith("torchinductor_"):  # an earlier stage's, or what torch sets as it is imported
-        os.environ[PLACE] = str(folder)
     backbones = [module for module in student.modules() if isinstance(module, Backbone)]
     began = time.monotonic()
     for backbone in backbones:
         backbone.compile(dynamic=False)  # views have few sizes; one code for all of them would be slower
     try:
-        step()
+        with _code_in(folder):
+            step()
     except RuntimeError:
         for backbone in backbones:
             backbone._compiled_call_impl = None  # what `compile` sets; torch has no word for taking it back
         raise
     return f"{time.monotonic() - began:.0f} s"
+
+
+@contextmanager
+def _code_in(folder: Path) -> Iterator[None]:
+    """Within, compiled code lies in `folder`, or where the user wants it; torch sets its own place as it is imported, which is no wish."""
+    before = os.environ.get(PLACE)
+    if before is None or Path(before).match(f"{tempfile.gettempdir()}/torchinductor_*"):
+        os.environ[PLACE] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(PLACE, None)
+        if before is not None:
+            os.environ[PLACE] = before

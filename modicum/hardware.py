@@ -1,4 +1,4 @@
-"""One device, precision and thread count for a run, chosen in this one place."""
+"""One device, precision and thread count for a run, chosen in this one place, and memory that is kept from step to step."""
 
 import contextlib
 import ctypes

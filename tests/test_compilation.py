@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -131,11 +132,18 @@ def test_left_auto_only_long_runs_on_cuda_or_several_threads_are_compiled() -> N
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [(None, "second/compiled"), ("/tmp/torchinductor_me", "second/compiled"), ("first/compiled", "second/compiled"), ("mine", "mine")],
+    ("before", "within"),
+    [
+        (None, "stage/compiled"),
+        (f"{tempfile.gettempdir()}/torchinductor_me", "stage/compiled"),
+        ("/scratch/torchinductor_me", "/scratch/torchinductor_me"),
+        ("/scratch/compiled", "/scratch/compiled"),
+    ],
 )
-def test_code_lies_in_the_stage_unless_somebody_has_named_a_place(before: str | None, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_lies_in_the_stage_unless_somebody_has_named_a_place(before: str | None, within: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if before:
         monkeypatch.setenv(PLACE, before)
-    compile_backbones(nn.Sequential(), lambda: None, Path("second/compiled"))
-    assert os.environ[PLACE] == after
+    seen: list[str] = []
+    compile_backbones(nn.Sequential(), lambda: seen.append(os.environ[PLACE]), Path("stage/compiled"))
+    assert seen == [within]
+    assert os.environ.get(PLACE) == before  # the next stage's code lies in its own folder
