@@ -81,7 +81,8 @@ class Training:
                 )
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         saved_at = time.monotonic()
-        with StopSignal() as stop, progress(self.title, self.steps * self.batch_size, completed=start * self.batch_size) as advance:
+        bar = progress(self.title, self.steps * self.batch_size, completed=start * self.batch_size)
+        with StopSignal() as stop, hardware.host_work(), bar as advance:
             for step in range(start, self.steps):
                 torch.manual_seed(seed_of(self.seed, self.title, step))  # dropout and its kin
 

@@ -1,6 +1,9 @@
-"""On a GPU: the views and losses of the CPU. Skipped where there is none."""
+"""On a GPU: the views and losses of the CPU, and the same bits again. Skipped where there is none."""
 
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from modicum.method import Method
 from modicum.views.policies import build_policy
 from modicum.views.recipes import PAPERS
+from tests.test_end_to_end import EAGER, environment, modicum, states
 from tests.test_methods import STEPS, VIEW, batch_for, begun, build, every_variant, optimizer_for, step
 
 if not torch.cuda.is_available():
@@ -47,3 +51,18 @@ def test_a_view_made_on_cuda_is_the_one_made_on_the_cpu(name: str) -> None:
     draws = policy.draw(make, len(images))
     far = (policy(images.cuda(), draws).cpu() - policy(images, draws)).abs()
     assert (far > 1e-3).float().mean() < 1e-3  # a pixel at the edge of a step, as of posterize, may fall to either side
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_run_killed_on_cuda_goes_on_to_the_same_bits(precision: str, tmp_path: Path, assert_same: Callable[[Any, Any], None]) -> None:
+    command = ["pretrain", "digits", "device=cuda", f"precision={precision}", "pretrain.epochs=6"]
+    modicum(*command, "--run", "whole", cwd=tmp_path)
+    process = subprocess.Popen([sys.executable, "-c", EAGER, *command, "--run", "killed"], cwd=tmp_path, env=environment())
+    state = tmp_path / "killed" / "pretrain" / "state.pt"
+    while process.poll() is None and not (state.is_file() and torch.load(state, map_location="cpu", weights_only=True)["step"] >= 40):
+        pass
+    assert process.poll() is None, "finished before it was killed"
+    process.kill()
+    process.communicate()
+    modicum(*command, "--run", "killed", cwd=tmp_path)
+    assert_same(states(tmp_path / "whole"), states(tmp_path / "killed"))

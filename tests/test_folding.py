@@ -88,6 +88,15 @@ def test_a_layer_that_something_else_reads_is_left_alone() -> None:
     torch.testing.assert_close(folded(images()), network(images()))
 
 
+def test_rounding_does_not_decide_what_is_folded() -> None:
+    """A run that goes on would else fold where it did not, as GPUs, which round what they convolve, once made it."""
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).eval()
+    with torch.no_grad():
+        network[0].bias.fill_(1e6)  # beside which fp32 loses a tenth of what the convolution gives
+        network[1].running_mean.fill_(1e6)
+    assert Folded(network, images(), torch.float32).pairs == [("0", "1")]
+
+
 def test_an_eman_teacher_is_folded_and_its_state_is_not() -> None:
     class Same:
         def view(self, number: int) -> Tensor:

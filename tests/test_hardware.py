@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from modicum.hardware import Hardware
 
 TURNS = 5
 SCRIPT = f"""
@@ -39,3 +42,15 @@ def cleared(*arguments: str) -> float:
 def test_a_step_gets_the_memory_that_the_one_before_has_freed() -> None:
     assert cleared() > TURNS * 3 * 40 * 0.9  # or the tensors are too small to tell
     assert cleared("chosen") < 3 * 40
+
+
+@pytest.mark.parametrize(("kind", "within"), [("cpu", 3), ("cuda", 1)])
+def test_beside_a_gpu_the_host_works_with_one_thread(kind: str, within: int) -> None:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with Hardware(torch.device(kind), "fp32", 3).host_work():
+            assert torch.get_num_threads() == within
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(usual)

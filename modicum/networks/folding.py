@@ -25,35 +25,13 @@ class Folded:
         """Some `images` (B, C, S, S) show which norm reads which layer; `dtype` is what the folded weights are kept in."""
         self.network, self.dtype = network, dtype
         self.watched = [*network.parameters(), *network.buffers()]
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-            some = images[:2].float()
-            self.pairs = pairs(network, some)
-            self._fold(torch.float32)
-            # A layer that something else reads too, or that changes its weights as it is called, cannot be folded.
-            expected = network(some)
-            if torch.linalg.vector_norm(self.copy(some) - expected) > 1e-3 * torch.linalg.vector_norm(expected):
-                self.pairs = []
-        self._fold(dtype)
+        self.pairs = foldable(network, images)
+        self.copy = without_norms(network, self.pairs)
+        self._refresh()
 
-    def _fold(self, dtype: torch.dtype) -> None:
-        self.copy = copy.deepcopy(self.network, {id(tensor): tensor for tensor in self.watched})  # which shares all weights
-        for _, norm in self.pairs:
-            parent, _, name = norm.rpartition(".")
-            behind = nn.Sequential(*self.copy.get_submodule(norm).children())  # some of timm's norms hold their activation
-            setattr(self.copy.get_submodule(parent), name, behind)
-        self._refresh(dtype)
-
-    def _refresh(self, dtype: torch.dtype) -> None:
-        for layer_name, norm_name in self.pairs:
-            layer: Any = self.network.get_submodule(layer_name)
-            norm: Any = self.network.get_submodule(norm_name)
-            scale = torch.rsqrt(norm.running_var + norm.eps)
-            scale = scale if norm.weight is None else scale * norm.weight
-            shift = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
-            bias = shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale)
-            weight = layer.weight * scale.view(-1, *[1] * (layer.weight.ndim - 1))
-            folded: Any = self.copy.get_submodule(layer_name)
-            folded.weight, folded.bias = (nn.Parameter(value.to(dtype), requires_grad=False) for value in (weight, bias))
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        fold(self.network, self.pairs, self.copy, self.dtype)
         self.version = self._version()
 
     def _version(self) -> int:
@@ -62,8 +40,50 @@ class Folded:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         if self.version != self._version():
-            self._refresh(self.dtype)
+            self._refresh()
         return self.copy(images)
+
+
+@torch.no_grad()
+def foldable(network: nn.Module, images: Tensor) -> list[Pair]:
+    """The pairs of `network`, or none where a layer is read by something else too, or changes its weights as it is called.
+
+    That shows in what the network then says of two of the images (B, C, S, S): in float64 on the CPU, where no rounding decides, so that
+    a run that goes on from its state finds what it found at first. On GPUs even fp32 convolutions round their inputs to ten bits.
+    """
+    with torch.autocast("cpu", enabled=False):
+        exact, some = copy.deepcopy(network).cpu().double(), images[:2].cpu().double()
+        found = pairs(exact, some)
+        folded = without_norms(exact, found)
+        fold(exact, found, folded, torch.float64)
+        expected = exact(some)
+        off = torch.linalg.vector_norm(folded(some) - expected)
+    return found if off <= 1e-6 * torch.linalg.vector_norm(expected) else []
+
+
+def without_norms(network: nn.Module, of: list[Pair]) -> nn.Module:
+    """A copy of `network` that shares all weights, without the norms in `of`."""
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    made = copy.deepcopy(network, shared)
+    for _, norm in of:
+        parent, _, name = norm.rpartition(".")
+        behind = nn.Sequential(*made.get_submodule(norm).children())  # some of timm's norms hold their activation
+        setattr(made.get_submodule(parent), name, behind)
+    return made
+
+
+def fold(network: nn.Module, of: list[Pair], into: nn.Module, dtype: torch.dtype) -> None:
+    """Gives the layers of `into` that stand before the norms in `of` their weights in `network`, with the norms', as `dtype`."""
+    for layer_name, norm_name in of:
+        layer: Any = network.get_submodule(layer_name)
+        norm: Any = network.get_submodule(norm_name)
+        scale = torch.rsqrt(norm.running_var + norm.eps)
+        scale = scale if norm.weight is None else scale * norm.weight
+        shift = -norm.running_mean if layer.bias is None else layer.bias - norm.running_mean
+        bias = shift * scale if norm.bias is None else torch.addcmul(norm.bias, shift, scale)
+        weight = layer.weight * scale.view(-1, *[1] * (layer.weight.ndim - 1))
+        folded: Any = into.get_submodule(layer_name)
+        folded.weight, folded.bias = (nn.Parameter(value.to(dtype), requires_grad=False) for value in (weight, bias))
 
 
 def pairs(network: nn.Module, images: Tensor) -> list[Pair]:
