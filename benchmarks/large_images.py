@@ -2,8 +2,8 @@
 
 Measured: images a second of 500 JPEGs of 500 x 375 px, made for the purpose, at 224 px RGB. `first time`: ours builds the memory-mapped
 cache of a folder, writes it to the disk and hashes each image. `read again` and `read anew` are every later epoch of ours, from the cache
-and without one (`data.cache=none`). The peer is torchvision's ImageFolder with a DataLoader of 2 workers (resize, centre crop, bytes); it
-does the same work in every epoch.
+and without one (`data.cache=none`). The peer is torchvision's ImageFolder with a DataLoader of a worker a core (resize, centre crop,
+bytes); it does the same work in every epoch.
 
 `training` is what is left of that: two views, forward and backward of a small network, batch after batch, with the images from the cache
 (ours), decoded by workers ahead of the step, and decoded within the step by as many threads.

@@ -62,6 +62,23 @@ def device_clock(device: torch.device) -> Clock:
     return clock
 
 
+def steps_a_round(device: torch.device) -> tuple[int, int]:
+    """How many training steps of ours, and of a peer that reads from a DataLoader.
+
+    On a CPU a step of the peer's is as long as several of ours, and its workers make the next batch meanwhile. A GPU is faster than
+    they are: in few steps it would only use up the batches that they had made in others' turns.
+    """
+    return (2, 1) if device.type == "cpu" else (100, 100)
+
+
+def repeated(work: Work, times: int) -> Work:
+    def round_of_it() -> None:
+        for _ in range(times):
+            work()
+
+    return round_of_it
+
+
 @contextmanager
 def apart(build: Callable[..., Work], *arguments: Any) -> Iterator[Work]:
     """The work `build(*arguments)` of a peer, warm, in a process of its own: what ours asks of the C library is not the peer's

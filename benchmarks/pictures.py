@@ -12,10 +12,11 @@ from benchmarks.pairs import Skipped
 from modicum.data.images import Images
 from modicum.data.sources import load_images
 from modicum.errors import InputError
+from modicum.hardware import usable_cores
 from modicum.settings import DataSettings
 
 DATA: dict[str, Any] = {"name": "fashion_mnist", "image_size": 32, "channels": 3}
-WORKERS = 2  # of a peer's DataLoader
+WORKERS = min(8, usable_cores())  # of a peer's DataLoader
 
 
 @lru_cache(maxsize=1)

@@ -34,8 +34,8 @@ class Hardware:
 
     @property
     def gains_by_compiling(self) -> bool:
-        """Whether a long stage may: on a CPU it does where several threads share narrow layers, and seldom loses (docs/settings.md)."""
-        return self.device.type == "cuda" or (self.device.type == "cpu" and self.threads > 1)
+        """Whether a long stage may: where several threads of a CPU share narrow layers it does, and seldom loses (docs/settings.md)."""
+        return self.device.type == "cpu" and self.threads > 1
 
     @contextlib.contextmanager
     def host_work(self) -> Iterator[None]:

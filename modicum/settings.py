@@ -192,7 +192,7 @@ class Experiment(Settings):
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of the networks; auto: bf16 where the hardware has it")
     compile: Auto | bool = Field(
         "auto",
-        description="torch.compile of the backbone in training; auto: on CUDA or several CPU threads, in stages of 10,000 steps or more",
+        description="torch.compile of the backbone in training; auto: on several CPU threads, in stages of 10,000 steps or more",
     )
     data: DataSettings = DataSettings()
     backbone: BackboneSettings = BackboneSettings()
