@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 
 from modicum.checkpoint import load_classifier
-from modicum.data.image_files import Pixels
 from modicum.evaluate import galleries, metrics
-from modicum.evaluate.features import FeatureStore, apply_head
+from modicum.evaluate.features import apply_head
 from modicum.evaluate.report import Pictures
 from modicum.evaluate.results import Findings
 from modicum.evaluate.rows import Judge, Sets
+from modicum.features import FeatureStore
 from modicum.files import write_table
 from modicum.session import Session
 
@@ -25,10 +25,10 @@ class Classifiers:
         self.folder, self.out = session.folder.stage("finetune"), session.folder.stage("evaluate")
         self.sets, self.store, self.judge, self.found = sets, store, judge, found
 
-    def scores(self, folder: Path, name: str, pixels: Pixels) -> np.ndarray:
-        """Logits (N, C) of the classifier in `folder`; its features are taken from the store if `name` is there already."""
+    def scores(self, folder: Path, name: str, rows: np.ndarray) -> np.ndarray:
+        """Logits (n, C) of the classifier in `folder` for the images in `rows`; its features are kept in the store as `name`."""
         classifier, preprocessing, _ = load_classifier(folder)
-        return apply_head(classifier.head, self.store.features(name, classifier.backbone, preprocessing, pixels), self.hardware)
+        return apply_head(classifier.head, self.store.features(name, classifier.backbone, preprocessing, rows), self.hardware)
 
     def judge_finetuned(self, pictures: Pictures) -> None:
         """The headline; also what only the classifier can tell: predictions, confusion, confident mistakes."""
@@ -36,7 +36,8 @@ class Classifiers:
         if not (self.folder / "classifier").exists():
             self.found.notes.append("Stage two has not run, so there is no classifier to judge.")
             return
-        scores = self.scores(self.folder / "classifier", "finetuned", images.pixels)
+        classifier, preprocessing, _ = load_classifier(self.folder / "classifier")
+        scores = apply_head(classifier.head, self.store.of_all("finetuned", classifier.backbone, preprocessing), self.hardware)
         write_table(self.out / "predictions.csv", galleries.predictions(images, sets.unlabelled, scores[sets.unlabelled], names))
         if not len(sets.test):
             return
@@ -50,22 +51,23 @@ class Classifiers:
 
     def judge_weights(self) -> None:
         """The same training's weights that are not exported: for the record, after the settings have chosen."""
-        pixels, truth = self.images.subset(self.sets.test), self.sets.labels[self.sets.test]
+        truth = self.sets.labels[self.sets.test]
         for folder in sorted((self.folder / "weights").glob("*/")):
-            scores = self.scores(folder, f"weights_{folder.name}", pixels)
+            scores = self.scores(folder, f"weights_{folder.name}", self.sets.test)
             more = {"method": self.settings.method["name"], "weights": folder.name}
             self.found.rows.append(self.judge.row("finetuned_weights", "finetuned", len(self.sets.few), scores, truth, **more))
 
     def judge_baselines(self) -> None:
         if not len(self.sets.test):
             return
-        pixels = self.images.subset(self.sets.test)
         start = "random" if self.settings.init == "random" else "pretrained"
         for name, features in (("random", "random"), ("pretrained", start), ("all_labels", start)):
             folder = self.folder / "baselines" / name / "classifier"
             if name in self.settings.baselines and folder.exists():
                 labels = len(self.sets.known if name == "all_labels" else self.sets.few)
-                self._add(name, "supervised", features, self.scores(folder, f"baseline_{name}", pixels), labels, method="supervised")
+                self._add(
+                    name, "supervised", features, self.scores(folder, f"baseline_{name}", self.sets.test), labels, method="supervised"
+                )
 
     def judge_refits(self) -> None:
         """The images behind the labels that stage two trains on, each judged by the refit that was not told its label."""
@@ -74,7 +76,7 @@ class Classifiers:
         if not held_out or not all(folder.exists() for folder in folders):
             return
         scores = [
-            self.scores(folder, f"refit_{number}", self.images.subset(rows))
+            self.scores(folder, f"refit_{number}", rows)
             for number, (folder, rows) in enumerate(zip(folders, held_out, strict=True), start=1)
         ]
         truth, few = self.sets.labels[np.concatenate(held_out)], len(self.sets.few)

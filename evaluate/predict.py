@@ -12,7 +12,7 @@ from modicum.checkpoint import load_classifier
 from modicum.data.decode import UNREADABLE, decode, reason
 from modicum.data.listing import refuse, walk
 from modicum.errors import InputError
-from modicum.evaluate.features import prepare
+from modicum.features import prepare
 from modicum.files import write_table
 from modicum.hardware import Hardware
 from modicum.record import progress

@@ -12,12 +12,13 @@ from torch import nn
 from modicum.checkpoint import Preprocessing, load_backbone
 from modicum.evaluate import galleries
 from modicum.evaluate.classifiers import Classifiers
-from modicum.evaluate.features import FeatureStore, raw_pixels
+from modicum.evaluate.features import raw_pixels
 from modicum.evaluate.judged import Found, Judged
 from modicum.evaluate.report import Pictures, write_report
 from modicum.evaluate.results import Findings, results
 from modicum.evaluate.rows import Judge, Sets, cross_validated_rows, knn_rows, linear_rows, row_table
 from modicum.exchange import initial_backbone
+from modicum.features import FeatureStore
 from modicum.files import write_atomically, write_table
 from modicum.record import working
 from modicum.session import Session
@@ -28,9 +29,7 @@ def run(session: Session) -> None:
     began = time.perf_counter()
     out, settings = session.folder.stage("evaluate"), session.experiment.evaluate
     sets = Sets.of(session.splits, session.images.labels, session.images.num_classes)
-    init = session.experiment.finetune.init  # perhaps RUN/pretrain/backbone of another run, which may have been evaluated
-    others = [*session.request.siblings, *([] if init in ("pretrain", "random") else [Path(init).parent.parent])]
-    store = FeatureStore(out / "features", session.hardware, settings.batch_size, [run / "evaluate" / "features" for run in others])
+    store = FeatureStore.of(session)
     judge, judged, found, pictures = Judge(settings, session.experiment.seed), Judged(session), Findings(), Pictures()
     for name, features in feature_sets(session, store, found):
         with working(f"kNN and linear probe ({name})"):
@@ -63,7 +62,7 @@ def feature_sets(session: Session, store: FeatureStore, found: Findings) -> Iter
         networks["finetuned"] = load_backbone(tuned)
     networks["random"] = initial_backbone(None, experiment), Preprocessing.of(experiment.data)
     for name, (network, preprocessing) in networks.items():
-        yield name, store.features(name, network, preprocessing, session.images.pixels).numpy()
+        yield name, store.of_all(name, network, preprocessing).numpy()
     pixels, note = raw_pixels(session.images.pixels)
     found.notes += [note] if note else []
     yield "pixels", pixels

@@ -1,13 +1,17 @@
 """A head fitted to labels that were spread over a backbone's features of the training images: before the first step, or after the last."""
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modicum.checkpoint import Preprocessing
 from modicum.data.images import UNKNOWN
-from modicum.finetune.outputs import outputs
-from modicum.finetune.propagation import Propagation, aligned
+from modicum.features import FeatureStore, outputs
+from modicum.finetune.propagation import Find, Propagation, aligned
+from modicum.neighbours import nearest_others
 from modicum.networks import Backbone
 from modicum.record import say, working
 from modicum.session import Session
@@ -18,19 +22,19 @@ ITERATIONS = 100
 
 
 def propagated_head(
-    session: Session, backbone: Backbone, labelled: np.ndarray, how: Propagation, trained: nn.Linear | None = None
+    session: Session, backbone: Backbone, labelled: np.ndarray, how: Propagation, trained: nn.Linear | None = None, name: str = ""
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Weight (C, D) and bias (C,) from the labels of the rows `labelled`; test and validation images have no part in it.
 
     What a head that was `trained` says of the same features counts as much as the labels that are spread. With them, for the record, the
-    share of what the head is fitted to that is right where the truth is known.
+    share of what the head is fitted to that is right where the truth is known. Under a `name` the features are kept for others who ask.
     """
     images, splits = session.images, session.splits["split"]
     rows = np.union1d(labelled, np.flatnonzero(splits.isin(["labelled", "unlabelled"])))
-    features = outputs(session, backbone.to(session.hardware.device), torch.from_numpy(rows), "features (training images)")
+    features, find = features_of(session, backbone, rows, name)
     given = np.where(np.isin(rows, labelled), images.labels[rows], UNKNOWN)
     with working("labels spread over neighbours"):
-        targets = how(features.numpy(), given, images.num_classes)
+        targets = how(features.numpy(), given, images.num_classes, find)
         if trained is not None:
             said = F.linear(features, trained.weight.detach().cpu(), trained.bias.detach().cpu()).double().softmax(dim=1)
             targets = (targets + aligned(said.numpy(), how.prior)) / 2
@@ -42,6 +46,16 @@ def propagated_head(
     right = float((targets.argmax(axis=1) == images.labels[rows])[judged].mean())
     say(f"labels propagated to {len(rows) - len(labelled):,} images: {right:.1%} right where the truth is known")
     return weight, bias, {"propagated_label_accuracy": right}
+
+
+def features_of(session: Session, backbone: Backbone, rows: np.ndarray, name: str) -> tuple[Tensor, Find]:
+    """Features float32 (n, D) of training images, in `rows`, and who finds neighbours among them."""
+    images, preprocessing = session.images, Preprocessing.of(session.experiment.data)
+    if not name:
+        return outputs(backbone, images, rows, preprocessing, session.hardware, "features (training images)"), nearest_others
+    store = FeatureStore.of(session)
+    everyone = store.of_split("train", name, backbone, preprocessing)
+    return everyone[np.searchsorted(images.rows("train"), rows)], partial(store.neighbours, name)
 
 
 def fit_head(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

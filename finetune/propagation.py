@@ -3,16 +3,18 @@
 Sparse, by conjugate gradients: a hundred products or so with a matrix of 2 k N entries. The search for neighbours is what takes time.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from scipy import sparse
 
-from modicum.neighbours import normalise, search
+from modicum.neighbours import nearest_others
 from modicum.whitening import whiten
 
 Kind = Literal["zhou", "poisson"]
+Find = Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # like `nearest_others`
 SHARPNESS = 2  # power of Zhou's shares that makes them as sure as they are right: docs/results.md
 ROUNDS = 100  # of scaling classes and images in turn: half a second for 60,000 images, and the classes' shares are right to 0.002 points
 MOST_PRODUCTS = 2000
@@ -30,13 +32,13 @@ class Propagation:
     alpha: float = 0.99
     prior: tuple[float, ...] | None = None  # share of the images that each class is meant to have; of zhou
 
-    def __call__(self, features: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    def __call__(self, features: np.ndarray, labels: np.ndarray, num_classes: int, find: Find = nearest_others) -> np.ndarray:
         """Targets float64 (N, C) for a head, rows summing to 1, from `features` (N, D) and `labels` int64 (N,), -1 for none.
 
         Zhou's scores are shares of influence and stay soft, sharpened and, with a `prior`, aligned to it; Poisson's are no
-        probabilities, so that only the class counts.
+        probabilities, so that only the class counts. `find` may know the neighbours from before.
         """
-        graph = neighbour_graph(whiten(features), min(self.neighbours, len(features) - 1))
+        graph = neighbour_graph(*find(whiten(features), min(self.neighbours, len(features) - 1)))
         scores = spread(graph, labels, num_classes, self.kind, self.alpha)
         if self.kind == "poisson":
             return np.eye(num_classes)[scores.argmax(axis=1)]
@@ -55,20 +57,16 @@ def aligned(scores: np.ndarray, prior: tuple[float, ...] | None) -> np.ndarray:
     return scores
 
 
-def neighbour_graph(features: np.ndarray, k: int) -> sparse.csr_array:
-    """Symmetric weights (N, N) between each row of `features` (N, D) and its `k` nearest by cosine, without itself.
+def neighbour_graph(similarities: np.ndarray, found: np.ndarray) -> sparse.csr_array:
+    """Symmetric weights (N, N) between each of N images and its k nearest: cosines and rows (N, k), most similar first.
 
-    exp(-4 d^2 / d_k^2) with d_k the distance to the row's own k-th neighbour (arXiv:2006.11184, section 3), then the mean of both
+    exp(-4 d^2 / d_k^2) with d_k the distance to the image's own k-th neighbour (arXiv:2006.11184, section 3), then the mean of both
     directions.
     """
-    features = normalise(features)
-    size = len(features)
-    similarities, found = search(features, features, k + 1)
-    itself = found == np.arange(size)[:, None]
-    itself[~itself.any(axis=1), -1] = True  # among many copies of an image it may not find itself
-    squares = np.maximum(2 - 2 * similarities[~itself].reshape(size, k).astype(np.float64), 0)
+    size, k = found.shape
+    squares = np.maximum(2 - 2 * similarities.astype(np.float64), 0)
     weights = np.exp(-4 * squares / np.maximum(squares[:, -1:], 1e-12))
-    graph = sparse.csr_array((weights.ravel(), (np.repeat(np.arange(size), k), found[~itself])), shape=(size, size))
+    graph = sparse.csr_array((weights.ravel(), (np.repeat(np.arange(size), k), found.ravel())), shape=(size, size))
     return sparse.csr_array((graph + graph.T) / 2)
 
 

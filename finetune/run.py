@@ -13,10 +13,10 @@ from modicum import distributed
 from modicum.checkpoint import Preprocessing, load_classifier, save_backbone, save_classifier
 from modicum.data.stream import Stream
 from modicum.exchange import initial_backbone
+from modicum.features import outputs
 from modicum.finetune.audit import Audit, calibration_error, class_shares
 from modicum.finetune.methods.noisy_student import NoisyStudent
 from modicum.finetune.methods.propagate import Propagate
-from modicum.finetune.outputs import outputs
 from modicum.finetune.propagated_head import propagated_head
 from modicum.finetune.propagation import Propagation
 from modicum.finetune.semi_supervised import KINDS, SemiSupervised
@@ -122,7 +122,8 @@ def training(session: Session, variant: Variant, method: SemiSupervised, monitor
     audit = Audit(images, variant.labelled, method, variant.folder, hardware.device)
     epoch = math.ceil(len(rows["unlabelled"]) / sizes["unlabelled"])
     few = min(AGREEMENT_IMAGES, len(variant.unlabelled))
-    watched = torch.from_numpy(variant.unlabelled[np.linspace(0, len(variant.unlabelled) - 1, few).astype(int)])
+    watched = variant.unlabelled[np.linspace(0, len(variant.unlabelled) - 1, few).astype(int)]
+    preprocessing = Preprocessing.of(experiment.data)
     return Training(
         title=variant.title,
         method=method,
@@ -139,7 +140,7 @@ def training(session: Session, variant: Variant, method: SemiSupervised, monitor
         monitors=[
             *monitors,
             *audit.monitors(settings.log_every, epoch),
-            audit.agreement(reading_interval(settings), lambda network: outputs(session, network, watched)),
+            audit.agreement(reading_interval(settings), lambda network: outputs(network, images, watched, preprocessing, hardware)),
         ],
     )
 
@@ -148,9 +149,9 @@ def ask_teacher(session: Session, variant: Variant, method: SemiSupervised) -> N
     """The pseudo-labels of a round, from plain images."""
     if not isinstance(method, NoisyStudent):
         return
-    teacher, _, _ = load_classifier(Path(variant.method["teacher_from"]))
-    rows = torch.from_numpy(variant.unlabelled)
-    method.listen(outputs(session, teacher.to(session.hardware.device), rows, "the teacher's pseudo-labels").softmax(dim=1))
+    teacher, preprocessing, _ = load_classifier(Path(variant.method["teacher_from"]))
+    said = outputs(teacher, session.images, variant.unlabelled, preprocessing, session.hardware, "the teacher's pseudo-labels")
+    method.listen(said.softmax(dim=1))
     say(f"{variant.title}: {int((method.weight > 0).sum()):,} of the teacher's {len(method.weight):,} pseudo-labels count")
 
 
@@ -177,7 +178,8 @@ def start_head(session: Session, variant: Variant, method: SemiSupervised, monit
     if not (isinstance(method, Propagate) or variant.warm_start == "propagate"):
         return
     method.to(session.hardware.device)
-    weight, bias, figures = propagated_head(session, method.student.backbone, variant.labelled, propagation_of(method))
+    name = "random" if variant.init is None else "pretrained"
+    weight, bias, figures = propagated_head(session, method.student.backbone, variant.labelled, propagation_of(method), name=name)
     method.start_head(weight, bias)
     for monitor in monitors:
         figures |= monitor.read(0)
@@ -187,7 +189,8 @@ def start_head(session: Session, variant: Variant, method: SemiSupervised, monit
 def finish_head(session: Session, variant: Variant, method: SemiSupervised, classifier: Classifier) -> None:
     """Fits the classifier's head anew, to labels propagated over the features that the training has made, alone or beside its own word."""
     trained = classifier.head if variant.finish == "average" else None
-    weight, bias, figures = propagated_head(session, classifier.backbone, variant.labelled, propagation_of(method), trained)
+    name = "finetuned" if variant.compared else ""  # of the others stage three asks for other images
+    weight, bias, figures = propagated_head(session, classifier.backbone, variant.labelled, propagation_of(method), trained, name)
     classifier.set_head(weight, bias)
     steps = session.experiment.finetune.steps
     Metrics(variant.folder / "metrics.csv", resume_step=steps).write(steps + 1, figures)  # after the last
@@ -200,13 +203,15 @@ def propagation_of(method: SemiSupervised) -> Propagation:
 def validation_monitors(session: Session, method: SemiSupervised) -> list[Monitor]:
     """Accuracy on the validation part of the labels, where there is one. It is watched; nothing is chosen by it."""
     settings = session.experiment.finetune
-    rows = torch.from_numpy(np.flatnonzero(session.splits["split"] == "validation"))
+    rows = np.flatnonzero(session.splits["split"] == "validation")
     if not len(rows):
         return []
-    truth = torch.tensor(session.images.labels)[rows]
+    truth, preprocessing = torch.tensor(session.images.labels)[rows], Preprocessing.of(session.experiment.data)
 
     def read(done: int) -> dict[str, float]:
-        confidence, guesses = outputs(session, method.classifier(settings.export), rows).softmax(dim=1).max(dim=1)
+        classifier = method.classifier(settings.export)
+        logits = outputs(classifier, session.images, rows, preprocessing, session.hardware)
+        confidence, guesses = logits.softmax(dim=1).max(dim=1)
         right = (guesses == truth).numpy()
         return {"validation_accuracy": float(right.mean()), "validation_calibration_error": calibration_error(confidence.numpy(), right)}
 

@@ -37,6 +37,15 @@ def search(bank: np.ndarray, queries: np.ndarray, k: int, approximate: bool = Fa
     return similarities.numpy(), rows.numpy()
 
 
+def nearest_others(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `k` < N most similar by cosine to each row of `features` (N, D), without itself: similarities float32 and rows int64, (N, k)."""
+    features = normalise(features)
+    similarities, found = search(features, features, k + 1)
+    itself = found == np.arange(len(features))[:, None]
+    itself[~itself.any(axis=1), -1] = True  # among many copies of an image it may not find itself
+    return similarities[~itself].reshape(-1, k), found[~itself].reshape(-1, k)
+
+
 def inverted_index(bank: np.ndarray) -> Any:
     """As many cells as faiss's guide advises for the size, a sixteenth of which are looked into."""
     cells = max(1, int(4 * len(bank) ** 0.5))

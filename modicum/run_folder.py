@@ -77,6 +77,11 @@ class RunFolder:
         return self.path / name
 
     @property
+    def features(self) -> Path:
+        """What networks said of the images, for all stages."""
+        return self.path / "features"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 

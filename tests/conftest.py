@@ -156,6 +156,7 @@ def session_of(request: pytest.FixtureRequest) -> Callable[..., Any]:
         experiment, _ = resolve(load_experiment("digits", [*SHORT, *request.module.SMALL, *overrides]), images)
         splits = make_splits(images, experiment.finetune, experiment.evaluate.cross_validate)
         hardware = Hardware(torch.device("cpu"), "fp32", 1)
-        return SimpleNamespace(experiment=experiment, images=images, splits=splits, folder=RunFolder(folder), hardware=hardware)
+        run_folder, asked = RunFolder(folder), SimpleNamespace(siblings=())
+        return SimpleNamespace(experiment=experiment, images=images, splits=splits, folder=run_folder, hardware=hardware, request=asked)
 
     return make

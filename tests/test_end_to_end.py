@@ -72,6 +72,14 @@ def test_a_run_leaves_what_the_design_promises(finished: Path) -> None:
         assert kind in kinds
 
 
+def test_what_stage_two_asks_of_a_network_stage_three_does_not_ask_again(finished: Path) -> None:
+    run = finished / "runs" / "digits"
+    made = {path.stem: path.stat().st_mtime_ns for path in (run / "features").iterdir()}
+    in_stage_two = {name for name, moment in made.items() if moment <= (run / "finetune" / "done.json").stat().st_mtime_ns}
+    assert in_stage_two == {f"{name}_{what}" for name in ("pretrained", "finetuned") for what in ("train", "neighbours")}
+    assert {"pretrained_test", "finetuned_test", "random_train", "random_test"} <= made.keys()
+
+
 def test_the_number_of_labels_asked_for_is_the_number_used(finished: Path) -> None:
     with (finished / "runs" / "digits" / "splits.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -159,9 +167,9 @@ def test_runs_of_a_sweep_in_several_processes_have_the_bits_of_single_ones(finis
     for labels in (50, 60):
         settings = yaml.safe_load((tmp_path / f"runs/digits-sweep/finetune.labels={labels}/seed-0/experiment.yaml").read_text())
         assert settings["finetune"]["init"] == str(run / "pretrain" / "backbone")
-        features = {path.stem for path in (tmp_path / f"runs/digits-sweep/finetune.labels={labels}/seed-0/evaluate/features").iterdir()}
-        assert "finetuned" in features
-        assert not features & {"pretrained", "random"}  # the first run had them
+        features = {path.stem for path in (tmp_path / f"runs/digits-sweep/finetune.labels={labels}/seed-0/features").iterdir()}
+        assert {"finetuned_train", "finetuned_test", "finetuned_neighbours"} <= features
+        assert not any(name.startswith(("pretrained", "random")) for name in features)  # the first run had them
 
 
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path) -> None:

@@ -8,10 +8,13 @@ from PIL import Image
 from torch import nn
 
 from modicum.checkpoint import Preprocessing, load_classifier, save_classifier
+from modicum.data.images import Images
 from modicum.errors import InputError
-from modicum.evaluate.features import FeatureStore, apply_head, extract, raw_pixels
+from modicum.evaluate.features import apply_head, raw_pixels
 from modicum.evaluate.predict import predict
+from modicum.features import FeatureStore, outputs
 from modicum.hardware import Hardware
+from modicum.neighbours import nearest_others
 from modicum.networks import Classifier, create_backbone
 from modicum.settings import BackboneSettings
 
@@ -36,21 +39,31 @@ def pixels(count: int, size: int = 8) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
+def images_of(pixels: torch.Tensor) -> Images:
+    """The last two are test images."""
+    names = [f"{at}.png" for at in range(len(pixels))]
+    split = ["train"] * (len(pixels) - 2) + ["test"] * 2
+    return Images("some", pixels, pd.DataFrame({"id": names, "path": names, "label": -1, "split": split}), ("a",), False)
+
+
 def test_features_are_those_of_the_normalised_images_in_evaluation_mode():
-    network = Counting()
-    images = pixels(7)
-    found = extract(network, images, PREPROCESSING, CPU, batch_size=3, description="")
+    network, rows = Counting().train(), np.array([6, 0, 3, 1])
+    images = images_of(pixels(7))
+    found = outputs(network, images, rows, PREPROCESSING, CPU, batch_size=3)
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (PREPROCESSING.mean, PREPROCESSING.std))
-    expected = (images.float() / 255 - mean) / std / (1 + network.norm.eps) ** 0.5
+    expected = (images.pixels[rows].float() / 255 - mean) / std / (1 + network.norm.eps) ** 0.5
     torch.testing.assert_close(found, expected.flatten(1))
-    assert network.seen == 7
+    assert network.seen == 4
+    assert network.training
 
 
 def test_features_are_computed_once_and_again_only_when_something_changes(tmp_path):
-    network, images = Counting(), pixels(5)
+    network, images = Counting(), images_of(pixels(5))
 
-    def read(images: torch.Tensor = images, preprocessing: Preprocessing = PREPROCESSING) -> torch.Tensor:
-        return FeatureStore(tmp_path, CPU, 4).features("some", network, preprocessing, images)
+    def read(
+        images: Images = images, preprocessing: Preprocessing = PREPROCESSING, rows: tuple[int, ...] = (0, 1, 2, 3, 4)
+    ) -> torch.Tensor:
+        return FeatureStore(tmp_path / "kept", images, CPU, 4).features("some", network, preprocessing, np.array(rows))
 
     first = read()
     assert network.seen == 5
@@ -60,30 +73,59 @@ def test_features_are_computed_once_and_again_only_when_something_changes(tmp_pa
         network.norm.weight.mul_(2)
     torch.testing.assert_close(read(), 2 * first)
     assert network.seen == 10
-    other = images.clone()
-    other[0, 0, 0, 0] ^= 1
+    changed = pixels(5)
+    changed[0, 0, 0, 0] ^= 1
+    other = images_of(changed)
     read(other)
     assert network.seen == 15
     read(other, Preprocessing(8, 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.2)))
     assert network.seen == 20
+    torch.testing.assert_close(read(rows=(3, 1)), 2 * first[[3, 1]])
+    assert network.seen == 22
+
+
+def test_of_all_images_those_of_a_split_that_were_asked_for_before_are_not_asked_for_again(tmp_path):
+    network, images = Counting(), images_of(pixels(7))
+    images.manifest["split"] = ["test", "train", "train", "test", "train", "train", "train"]
+    store = FeatureStore(tmp_path / "kept", images, CPU, 4)
+    train = store.of_split("train", "some", network, PREPROCESSING)
+    assert network.seen == len(train) == 5
+    everything = store.of_all("some", network, PREPROCESSING)
+    assert network.seen == 7
+    torch.testing.assert_close(everything, outputs(network, images, np.arange(7), PREPROCESSING, CPU))
+    assert torch.equal(everything[images.rows("train")], train)
 
 
 def test_features_that_another_run_has_are_not_computed_again(tmp_path):
-    network, images = Counting(), pixels(5)
-    theirs = FeatureStore(tmp_path / "theirs", CPU, 4).features("some", network, PREPROCESSING, images)
-    store = FeatureStore(tmp_path / "mine", CPU, 4, elsewhere=[tmp_path / "theirs"])
-    assert torch.equal(store.features("some", network, PREPROCESSING, images), theirs)
+    network, images, rows = Counting(), images_of(pixels(5)), np.arange(5)
+    theirs = FeatureStore(tmp_path / "theirs", images, CPU, 4).features("some", network, PREPROCESSING, rows)
+    store = FeatureStore(tmp_path / "mine", images, CPU, 4, elsewhere=[tmp_path / "theirs"])
+    assert torch.equal(store.features("some", network, PREPROCESSING, rows), theirs)
     assert network.seen == 5
     with torch.no_grad():
         network.norm.weight.mul_(2)
-    store.features("some", network, PREPROCESSING, images)
+    store.features("some", network, PREPROCESSING, rows)
     assert network.seen == 10
     assert (tmp_path / "mine" / "some.safetensors").is_file()
 
 
+def test_neighbours_are_searched_for_once_among_the_same_features(tmp_path, monkeypatch):
+    store, rows = (
+        FeatureStore(tmp_path / "kept", images_of(pixels(5)), CPU),
+        np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32),
+    )
+    expected = nearest_others(rows, 3)
+    for _ in range(2):
+        for found, right in zip(store.neighbours("some", rows, 3), expected, strict=True):
+            np.testing.assert_array_equal(found, right)
+        monkeypatch.setattr("modicum.features.nearest_others", lambda *_: pytest.fail("searched twice"))
+    monkeypatch.undo()
+    assert store.neighbours("some", rows, 4)[1].shape == (20, 4)
+    np.testing.assert_array_equal(store.neighbours("some", -rows[::-1], 3)[1], nearest_others(-rows[::-1], 3)[1])
+
+
 def test_half_written_features_are_never_read(tmp_path):
-    network, images = Counting(), pixels(5)
-    FeatureStore(tmp_path, CPU, 4).features("some", network, PREPROCESSING, images)
+    FeatureStore(tmp_path, images_of(pixels(5)), CPU, 4).features("some", Counting(), PREPROCESSING, np.arange(5))
     assert [path.name for path in tmp_path.iterdir()] == ["some.safetensors"]
 
 

@@ -137,7 +137,7 @@ def test_a_head_fitted_after_the_last_step_stands_on_the_exported_backbone_and_t
     exported, trained = weights(folder / "classifier"), {kind: weights(folder / "weights" / kind) for kind in KINDS}
     head = {"fc.weight", "fc.bias"}
     assert {name for name, value in exported.items() if not torch.equal(value, trained["eman"][name])} == head
-    backbone = load_backbone(folder / "backbone")[0].to(memory_format=torch.channels_last)  # as in training, to the last bit
+    backbone, _ = load_backbone(folder / "backbone")
     own = load_classifier(folder / "weights" / "eman")[0].head if finish == "average" else None
     weight, bias, figures = propagated_head(session, backbone, main.labelled, Propagation(), own)
     assert torch.equal(exported["fc.weight"], weight.float())

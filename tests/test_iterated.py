@@ -16,9 +16,9 @@ from modicum.checkpoint import Preprocessing, load_classifier, save_classifier
 from modicum.config import load_experiment
 from modicum.data.images import Images
 from modicum.errors import InputError, Preempted
+from modicum.features import outputs
 from modicum.finetune.audit import Audit
 from modicum.finetune.methods.noisy_student import NoisyStudent
-from modicum.finetune.outputs import outputs
 from modicum.finetune.run import run
 from modicum.finetune.selection import MOST_COPIES, selection
 from modicum.finetune.variants import variants, with_teachers
@@ -228,8 +228,8 @@ def test_each_round_is_told_what_the_round_before_says_of_plain_images(
     teacher, *students = with_teachers(whole)
     for student in students:
         state = torch.load(student.folder / "state.pt", weights_only=True)["method"]
-        network, _, _ = load_classifier(teacher.folder / "classifier")
-        said = outputs(session, network, torch.from_numpy(whole.unlabelled)).softmax(dim=1)
+        network, preprocessing, _ = load_classifier(teacher.folder / "classifier")
+        said = outputs(network, session.images, whole.unlabelled, preprocessing, session.hardware).softmax(dim=1)
         assert torch.equal(state["told"], said)
         assert torch.equal(state["weight"], selection(said, 0.1, balance=True))
         per_image = sum(state[name].nbytes for name in ("told", "weight")) / len(whole.unlabelled)

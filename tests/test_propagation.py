@@ -13,6 +13,7 @@ from modicum.finetune.propagated_head import DECAY, fit_head, propagated_head
 from modicum.finetune.propagation import SHARPNESS, Propagation, aligned, neighbour_graph, spread
 from modicum.hardware import Hardware
 from modicum.method import Facts
+from modicum.neighbours import nearest_others
 from modicum.networks import create_backbone
 from modicum.settings import BackboneSettings, Experiment
 from modicum.whitening import whiten
@@ -44,11 +45,11 @@ def test_the_graph_joins_each_image_to_its_nearest(n: int, d: int, k: int) -> No
         furthest = np.sum((unit[i] - unit[others[-1]]) ** 2)
         for j in others:
             expected[i, j] = np.exp(-4 * np.sum((unit[i] - unit[j]) ** 2) / furthest)
-    np.testing.assert_allclose(neighbour_graph(rows, k).toarray(), (expected + expected.T) / 2, atol=1e-5)
+    np.testing.assert_allclose(neighbour_graph(*nearest_others(rows, k)).toarray(), (expected + expected.T) / 2, atol=1e-5)
 
 
 def test_copies_of_an_image_are_neighbours_like_others() -> None:
-    graph = neighbour_graph(np.repeat(features(4, 3), 10, axis=0), 3)
+    graph = neighbour_graph(*nearest_others(np.repeat(features(4, 3), 10, axis=0), 3))
     assert graph.diagonal().max() == 0
     assert np.isfinite(graph.toarray()).all()
     assert graph.sum(axis=1).min() > 0
@@ -56,7 +57,7 @@ def test_copies_of_an_image_are_neighbours_like_others() -> None:
 
 @pytest.mark.parametrize(("n", "c"), [(12, 2), (60, 5)])
 def test_zhou_is_the_closed_form(n: int, c: int) -> None:
-    graph, labels = neighbour_graph(features(n, 4), 6), some_labels(n, c)
+    graph, labels = neighbour_graph(*nearest_others(features(n, 4), 6)), some_labels(n, c)
     weights = graph.toarray()
     root = np.diag(1 / np.sqrt(weights.sum(axis=1)))
     given = np.array([[float(labels[i] == j) for j in range(c)] for i in range(n)])
@@ -66,7 +67,7 @@ def test_zhou_is_the_closed_form(n: int, c: int) -> None:
 
 @pytest.mark.parametrize(("n", "c"), [(12, 2), (60, 5)])
 def test_poisson_solves_its_equation_with_mean_zero(n: int, c: int) -> None:
-    graph, labels = neighbour_graph(features(n, 4), 6), some_labels(n, c)
+    graph, labels = neighbour_graph(*nearest_others(features(n, 4), 6)), some_labels(n, c)
     weights = graph.toarray()
     degrees = weights.sum(axis=1)
     labelled = [i for i in range(n) if labels[i] >= 0]
@@ -103,7 +104,7 @@ def test_one_label_a_cloud_labels_the_cloud(kind: str) -> None:
 def test_shares_are_sharpened_and_keep_their_order() -> None:
     rows, _ = clouds(20)
     labels = some_labels(60, 3)
-    scores = spread(neighbour_graph(whiten(rows), 10), labels, 3, "zhou") ** SHARPNESS
+    scores = spread(neighbour_graph(*nearest_others(whiten(rows), 10)), labels, 3, "zhou") ** SHARPNESS
     np.testing.assert_allclose(Propagation()(rows, labels, 3), scores / scores.sum(axis=1, keepdims=True))
 
 
@@ -141,7 +142,7 @@ def test_a_part_of_the_graph_without_labels_stays_finite() -> None:
     labels = np.full(120, -1)
     labels[[0, 1, 40, 41]] = [0, 0, 1, 1]
     for kind in ("zhou", "poisson"):
-        assert np.isfinite(spread(neighbour_graph(rows, 5), labels, 3, kind)).all()  # type: ignore[arg-type]
+        assert np.isfinite(spread(neighbour_graph(*nearest_others(rows, 5)), labels, 3, kind)).all()  # type: ignore[arg-type]
 
 
 def test_the_head_is_the_minimum_of_its_objective() -> None:

@@ -170,7 +170,7 @@ def test_evaluating_again_takes_the_features_from_the_disk_and_gives_the_same(fi
     folder, results = finished
     session = session_of(tmp_path / "again", ["labelled"] * 40 + ["unlabelled"] * 160 + ["test"] * 100, NAMES)
     session.folder = RunFolder(folder)
-    monkeypatch.setattr("modicum.evaluate.features.extract", lambda *_: pytest.fail("extracted twice"))
+    monkeypatch.setattr("modicum.features.outputs", lambda *_: pytest.fail("extracted twice"))
     run(session)
     again = json.loads((folder / "evaluate" / "results.json").read_text())
     assert again["rows"] == results["rows"]

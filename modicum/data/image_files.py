@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from modicum.data.decode import UNREADABLE, decode, reason
-from modicum.data.fingerprint import digest
 from modicum.errors import InputError
 from modicum.hardware import usable_cores
 
@@ -74,11 +73,6 @@ class ImageFiles:
                 yield torch.cat(parts)
         finally:
             del pieces  # which ends the workers now: an error's traceback would keep them
-
-    def subset(self, rows: np.ndarray) -> "ImageFiles":
-        """Some of the images, without reading any."""
-        paths, fingerprint = [self.paths[row] for row in rows], digest([self.fingerprint, *rows.tolist()])
-        return ImageFiles(self.root, paths, self.shape[-1], self.shape[1], fingerprint)
 
     def decoded(self, rows: Tensor) -> Tensor:
         """As an index gives them, decoded one by one."""

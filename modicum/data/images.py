@@ -1,6 +1,9 @@
 """What a source yields: uint8 images, integer labels and a stable id per image."""
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -52,6 +55,19 @@ class Images:
         """int64 row numbers of `train` or `test` images, in order."""
         return np.flatnonzero(self.manifest["split"].to_numpy() == split)
 
-    def subset(self, rows: np.ndarray) -> Pixels:
-        """The pixels of some rows; they are a copy unless they are read anew."""
-        return self.pixels.subset(rows) if isinstance(self.pixels, ImageFiles) else self.pixels[torch.from_numpy(rows)]
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells these pixels from others."""
+        if isinstance(self.pixels, ImageFiles):
+            return self.pixels.fingerprint
+        digest = hashlib.sha256(repr(tuple(self.pixels.shape)).encode())
+        for part in self.pixels.split(4096):
+            digest.update(part.contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def batches(self, rows: np.ndarray, size: int) -> Iterator[torch.Tensor]:
+        """uint8 (B, C, S, S), B <= `size`: the pixels of `rows` in their order. Files of more than one batch are decoded ahead."""
+        parts = torch.from_numpy(rows).split(size)
+        if isinstance(self.pixels, ImageFiles) and len(parts) > 1:
+            return self.pixels.ahead(parts, size)
+        return (self.pixels[part] for part in parts)
