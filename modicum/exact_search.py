@@ -38,9 +38,12 @@ class Bank:
         self.unit = torch.finfo(self.kind).eps / 2
 
     def products(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """For `queries` float32 (Q, D): products (Q, N), which are the similarities but for a constant a query, and bounds (Q, 1) on
-        how far, before it is rounded to the table's precision, any may be off."""
-        return queries @ self.rows.T, _slack(queries, _length(queries) * self.longest)
+        """For `queries` float32 (Q, D): products (N, Q), which are the similarities but for a constant a query, and bounds (Q,) on how
+        far, before it is rounded to the table's precision, any may be off.
+
+        A row of the table for each of the bank, not for each query: the product is then up to a fifth faster.
+        """
+        return self.rows @ queries.T, _slack(queries, _length(queries) * self.longest)
 
 
 class RoundedBank(Bank):
@@ -70,12 +73,12 @@ class RoundedBank(Bank):
         rounding = length * self.longest_lost + lost * self.longest_cheap + self.unit**2 * self.largest_offset
         sums = _length(queries) * self.longest + 2 * length * self.longest_centred + self.largest_offset
         sums += float(self.mean.norm()) * self.longest_centred
-        return cheap @ self.cheap.T, SAFETY * rounding[:, None] + _slack(queries, sums)
+        return self.cheap @ cheap.T, SAFETY * rounding + _slack(queries, sums)
 
 
 def _slack(queries: Tensor, sums: Tensor) -> Tensor:
-    """How far products (Q, 1) may be off: n sums of n + 1 terms each by n units of the terms' sizes, in whatever order they are added."""
-    return SAFETY * (queries.shape[1] + 8) * UNIT * sums[:, None]
+    """How far products may be off (Q,): n sums of n + 1 terms each by n units of the terms' sizes, in whatever order they are added."""
+    return SAFETY * (queries.shape[1] + 8) * UNIT * sums
 
 
 def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -102,34 +105,35 @@ def _nearest(bank: Bank, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     kth = _at_most_kth(products, k)
     certain = kth - bank.unit * kth.abs() - 2 * bound  # what k rows reach for certain, as a product that may be off
     least = (certain - 3 * bank.unit * certain.abs()).to(bank.kind)  # once for products, twice for itself
-    flat = torch.from_numpy(np.flatnonzero(_not_below(products, least)))
-    ends = torch.searchsorted(flat, torch.arange(1, len(queries) + 1) * len(bank.rows))
-    return _most_similar(bank.rows, queries, torch.cat([ends.new_zeros(1), ends]), flat % len(bank.rows), k)
+    rows, proposed_to = np.divmod(np.flatnonzero(_not_below(products, least)), len(queries))
+    of_query = np.argsort(proposed_to.astype(np.min_scalar_type(len(queries))), kind="stable")  # small numbers are sorted without comparing
+    counts = torch.from_numpy(np.bincount(proposed_to, minlength=len(queries)))
+    return _most_similar(bank.rows, queries, counts, torch.from_numpy(rows[of_query]), k)
 
 
 def _not_below(products: Tensor, least: Tensor) -> np.ndarray:
-    """bool (Q, N). NaN, of which no bound is known, is not below."""
+    """bool (N, Q). NaN, of which no bound is known, is not below."""
     if products.dtype == torch.bfloat16 and bool((least > 0).all()):  # bits of positive numbers are in their order, and quick to compare
         return products.view(torch.int16).numpy() >= least.view(torch.int16).numpy()
     return ~(products < least).numpy()
 
 
 def _at_most_kth(products: Tensor, k: int) -> Tensor:
-    """(Q, 1): a value that at least `k` products (Q, N) of each query reach; the k-th largest, or little less."""
-    groups = products.shape[1] // GROUPED // 8 * 8  # a multiple of 8 keeps vector instructions aligned
+    """(Q,): a value that at least `k` products (N, Q) of each query reach; the k-th largest, or little less."""
+    groups = len(products) // GROUPED
     if groups >= 4 * k:
-        products = products[:, : groups * GROUPED].unflatten(1, (GROUPED, groups)).amax(dim=1)
-    position = products.shape[1] - k
-    return torch.from_numpy(np.partition(products.float().numpy(), position, axis=1)[:, position, None])
+        products = products[: groups * GROUPED].unflatten(0, (GROUPED, groups)).amax(dim=0)
+    position = len(products) - k
+    return torch.from_numpy(np.partition(products.T.contiguous().float().numpy(), position, axis=1)[:, position])
 
 
-def _most_similar(bank: Tensor, queries: Tensor, ends: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The best `k` of the rows proposed, `rows[ends[q] : ends[q + 1]]` ascending for query q, at least `k` each."""
+def _most_similar(bank: Tensor, queries: Tensor, counts: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best `k` of the rows proposed: of `rows` the first `counts[0]`, ascending, to the first query, and so on, at least `k` each."""
+    ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     with warnings.catch_warnings(), torch.sparse.check_sparse_tensor_invariants(enable=False):
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta state")
         proposed = torch.sparse_csr_tensor(ends, rows, torch.zeros(len(rows)), (len(queries), len(bank)))
         similar = torch.sparse.sampled_addmm(proposed, queries, bank.T, beta=0).values()
-    counts = ends.diff()
     table = torch.full((len(counts), int(counts.max())), -torch.inf)
     query = torch.repeat_interleave(counts)
     place = torch.arange(len(rows)) - ends[query]

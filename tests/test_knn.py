@@ -94,8 +94,8 @@ def pair_by_pair(bank, queries, k):
     """Similarities of all pairs as the search computes those that it proposes, and the k best, of equal ones the lower row."""
     bank, queries = torch.from_numpy(bank), torch.from_numpy(queries)
     every = torch.arange(len(bank)).repeat(len(queries))
-    ends = torch.arange(len(queries) + 1) * len(bank)
-    similarities, rows = exact_search._most_similar(bank, queries, ends, every, k)
+    counts = torch.full((len(queries),), len(bank))
+    similarities, rows = exact_search._most_similar(bank, queries, counts, every, k)
     return similarities.numpy(), rows.numpy()
 
 
@@ -149,9 +149,9 @@ def test_no_product_is_further_off_than_its_bound(features, kind):
     rows, queries = (torch.from_numpy(normalise(features(random, size))) for size in (500, 60))
     bank = exact_search.RoundedBank(rows) if kind == torch.bfloat16 else exact_search.Bank(rows)
     products, bound = bank.products(queries)
-    truth = queries.double() @ rows.double().T
+    truth = rows.double() @ queries.double().T
     if kind == torch.bfloat16:
-        truth -= queries.double() @ bank.mean.double()[:, None]
+        truth -= bank.mean.double() @ queries.double().T
     off = (products.double() - truth).abs()
     assert products.dtype == kind
     assert (off <= bound + bank.unit * products.double().abs()).all()
