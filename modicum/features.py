@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -136,11 +136,14 @@ def _digest(array: np.ndarray) -> str:
 
 
 def _read(path: Path, fingerprint: str) -> dict[str, Tensor] | None:
-    """What a file holds, or None where it is something of another fingerprint."""
-    with safe_open(path, framework="pt") as file:
-        if (file.metadata() or {}).get("fingerprint") != fingerprint:
-            return None
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    """What a file holds, or None where it is something of another fingerprint, or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("fingerprint") != fingerprint:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except SafetensorError:
+        return None
 
 
 def weights_fingerprint(network: nn.Module) -> str:

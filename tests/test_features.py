@@ -124,9 +124,13 @@ def test_neighbours_are_searched_for_once_among_the_same_features(tmp_path, monk
     np.testing.assert_array_equal(store.neighbours("some", -rows[::-1], 3)[1], nearest_others(-rows[::-1], 3)[1])
 
 
-def test_half_written_features_are_never_read(tmp_path):
-    FeatureStore(tmp_path, images_of(pixels(5)), CPU, 4).features("some", Counting(), PREPROCESSING, np.arange(5))
+def test_half_written_features_are_never_read_and_damaged_ones_made_anew(tmp_path):
+    network, store = Counting(), FeatureStore(tmp_path, images_of(pixels(5)), CPU, 4)
+    first = store.features("some", network, PREPROCESSING, np.arange(5))
     assert [path.name for path in tmp_path.iterdir()] == ["some.safetensors"]
+    (tmp_path / "some.safetensors").write_bytes(b"damaged")
+    assert torch.equal(store.features("some", network, PREPROCESSING, np.arange(5)), first)
+    assert network.seen == 10
 
 
 def test_raw_pixels_are_fractions_and_large_images_are_averaged():
