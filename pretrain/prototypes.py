@@ -15,4 +15,4 @@ class Prototypes(nn.Module):
         self.weight = nn.Parameter(F.normalize(torch.randn(number, dimensions), dim=1))
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        return cosines(embeddings.float(), self.weight)
+        return cosines(embeddings.to(self.weight.dtype), self.weight)

@@ -12,11 +12,12 @@ from modicum.data.images import Images
 from modicum.errors import InputError
 from modicum.evaluate.features import apply_head, raw_pixels
 from modicum.evaluate.predict import predict
-from modicum.features import FeatureStore, outputs
+from modicum.features import FeatureStore, outputs, prepare
 from modicum.hardware import Hardware
 from modicum.neighbours import nearest_others
 from modicum.networks import Classifier, create_backbone
 from modicum.settings import BackboneSettings
+from modicum.views.policies import build_policy
 
 CPU = Hardware(torch.device("cpu"), "fp32", 1)
 PREPROCESSING = Preprocessing(8, 3, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
@@ -55,6 +56,12 @@ def test_features_are_those_of_the_normalised_images_in_evaluation_mode():
     torch.testing.assert_close(found, expected.flatten(1))
     assert network.seen == 4
     assert network.training
+
+
+def test_plain_images_are_those_of_the_training_to_the_last_bit():
+    plain = {"image_size": 8, "channels": 3, "mirror": False, "mean": PREPROCESSING.mean, "std": PREPROCESSING.std}
+    expected = build_policy({"name": "none"}, **plain)(pixels(50), {})
+    assert torch.equal(prepare(pixels(50), PREPROCESSING, CPU.device), expected)
 
 
 def test_features_are_computed_once_and_again_only_when_something_changes(tmp_path):

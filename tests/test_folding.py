@@ -88,6 +88,17 @@ def test_a_layer_that_something_else_reads_is_left_alone() -> None:
     torch.testing.assert_close(folded(images()), network(images()))
 
 
+def test_a_network_that_cannot_compute_in_float64_is_left_alone() -> None:
+    class Single(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.float()
+
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), Single(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval()
+    folded = Folded(network, images(), torch.float32)
+    assert folded.pairs == []
+    torch.testing.assert_close(folded(images()), network(images()))
+
+
 def test_rounding_does_not_decide_what_is_folded() -> None:
     """A run that goes on would else fold where it did not, as GPUs, which round what they convolve, once made it."""
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).eval()

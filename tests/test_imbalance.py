@@ -140,7 +140,8 @@ def tail_session(images: Images, folder: Path, *overrides: str) -> Any:
     experiment, _ = resolve(load_experiment("digits", [*settings, *overrides]), images)
     splits = make_splits(images, experiment.finetune)
     hardware = Hardware(torch.device("cpu"), "fp32", 1)
-    return SimpleNamespace(experiment=experiment, images=images, splits=splits, folder=RunFolder(folder), hardware=hardware)
+    run_folder, asked = RunFolder(folder), SimpleNamespace(siblings=())
+    return SimpleNamespace(experiment=experiment, images=images, splits=splits, folder=run_folder, hardware=hardware, request=asked)
 
 
 def last_epoch(folder: Path) -> dict[str, float]:

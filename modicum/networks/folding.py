@@ -50,13 +50,17 @@ def foldable(network: nn.Module, images: Tensor) -> list[Pair]:
 
     That shows in what the network then says of two of the images (B, C, S, S): in float64 on the CPU, where no rounding decides, so that
     a run that goes on from its state finds what it found at first. On GPUs even fp32 convolutions round their inputs to ten bits.
+    A network that cannot compute in float64 is left as it is.
     """
+    exact, some = copy.deepcopy(network).cpu().double(), images[:2].cpu().double()
     with torch.autocast("cpu", enabled=False):
-        exact, some = copy.deepcopy(network).cpu().double(), images[:2].cpu().double()
+        try:
+            expected = exact(some)
+        except RuntimeError:
+            return []
         found = pairs(exact, some)
         folded = without_norms(exact, found)
         fold(exact, found, folded, torch.float64)
-        expected = exact(some)
         off = torch.linalg.vector_norm(folded(some) - expected)
     return found if off <= 1e-6 * torch.linalg.vector_norm(expected) else []
 
