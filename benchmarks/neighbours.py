@@ -29,7 +29,7 @@ from benchmarks.features import CLASSES, clustered
 from benchmarks.pairs import Row, Work, compared, device_clock, installed, take_turns
 from modicum.data.sources import load_images
 from modicum.errors import InputError
-from modicum.evaluate.features import raw_pixels
+from modicum.evaluate.raw_pixels import raw_pixels
 from modicum.hardware import choose_hardware
 from modicum.neighbours import inverted_index, normalise, scores, search
 from modicum.record import warn

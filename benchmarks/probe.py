@@ -28,8 +28,8 @@ from benchmarks.features import CLASSES, clustered
 from benchmarks.pairs import Row, Seconds, compared, device_clock, take_turns
 from modicum.data.sources import load_images
 from modicum.errors import InputError
-from modicum.evaluate.features import raw_pixels
 from modicum.evaluate.linear import fit_probe
+from modicum.evaluate.raw_pixels import raw_pixels
 from modicum.hardware import choose_hardware
 from modicum.record import warn
 from modicum.settings import DataSettings, Experiment, LinearSettings

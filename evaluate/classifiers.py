@@ -4,15 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import nn
 
 from modicum.checkpoint import load_classifier
 from modicum.evaluate import galleries, metrics
-from modicum.evaluate.features import apply_head
 from modicum.evaluate.report import Pictures
 from modicum.evaluate.results import Findings
 from modicum.evaluate.rows import Judge, Sets
 from modicum.features import FeatureStore
 from modicum.files import write_table
+from modicum.hardware import Hardware
 from modicum.session import Session
 
 MISTAKES_SHOWN = 12
@@ -25,10 +27,12 @@ class Classifiers:
         self.folder, self.out = session.folder.stage("finetune"), session.folder.stage("evaluate")
         self.sets, self.store, self.judge, self.found = sets, store, judge, found
 
-    def scores(self, folder: Path, name: str, rows: np.ndarray) -> np.ndarray:
-        """Logits (n, C) of the classifier in `folder` for the images in `rows`; its features are kept in the store as `name`."""
+    def scores(self, folder: Path, name: str, rows: np.ndarray | None = None) -> np.ndarray:
+        """Logits (n, C) of the classifier in `folder` for the images in `rows`, or all; its features are kept in the store as `name`."""
         classifier, preprocessing, _ = load_classifier(folder)
-        return apply_head(classifier.head, self.store.features(name, classifier.backbone, preprocessing, rows), self.hardware)
+        network = classifier.backbone, preprocessing
+        features = self.store.of_all(name, *network) if rows is None else self.store.features(name, *network, rows)
+        return apply_head(classifier.head, features, self.hardware)
 
     def judge_finetuned(self, pictures: Pictures) -> None:
         """The headline; also what only the classifier can tell: predictions, confusion, confident mistakes."""
@@ -36,8 +40,7 @@ class Classifiers:
         if not (self.folder / "classifier").exists():
             self.found.notes.append("Stage two has not run, so there is no classifier to judge.")
             return
-        classifier, preprocessing, _ = load_classifier(self.folder / "classifier")
-        scores = apply_head(classifier.head, self.store.of_all("finetuned", classifier.backbone, preprocessing), self.hardware)
+        scores = self.scores(self.folder / "classifier", "finetuned")
         write_table(self.out / "predictions.csv", galleries.predictions(images, sets.unlabelled, scores[sets.unlabelled], names))
         if not len(sets.test):
             return
@@ -87,3 +90,9 @@ class Classifiers:
         truth = self.sets.labels[self.sets.test]
         self.found.right[name] = metrics.top_correct(scores, truth, 1)
         self.found.rows.append(self.judge.row(protocol, features, labels, scores, truth, **more))
+
+
+@torch.inference_mode()
+def apply_head(head: nn.Module, features: torch.Tensor, hardware: Hardware) -> np.ndarray:
+    """Logits float32 (N, C), from features (N, D): in fp32, since the head costs nothing."""
+    return head.to(hardware.device).eval()(features.to(hardware.device)).float().cpu().numpy()

@@ -12,8 +12,8 @@ from torch import nn
 from modicum.checkpoint import Preprocessing, load_backbone
 from modicum.evaluate import galleries
 from modicum.evaluate.classifiers import Classifiers
-from modicum.evaluate.features import raw_pixels
 from modicum.evaluate.judged import Found, Judged
+from modicum.evaluate.raw_pixels import raw_pixels
 from modicum.evaluate.report import Pictures, write_report
 from modicum.evaluate.results import Findings, results
 from modicum.evaluate.rows import Judge, Sets, cross_validated_rows, knn_rows, linear_rows, row_table

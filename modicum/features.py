@@ -42,7 +42,7 @@ def outputs(
 ) -> Tensor:
     """float32 (n, D) on the CPU for the images in `rows` int64 (n,), with running norm statistics; the mode is left as it was.
 
-    A `title` asks for a progress bar: not within another one.
+    The network comes to lie on the run's device, channels last. A `title` asks for a progress bar: not within another one.
     """
     network.to(hardware.device).to(memory_format=torch.channels_last)
     mode = network.training

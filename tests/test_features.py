@@ -10,8 +10,9 @@ from torch import nn
 from modicum.checkpoint import Preprocessing, load_classifier, save_classifier
 from modicum.data.images import Images
 from modicum.errors import InputError
-from modicum.evaluate.features import apply_head, raw_pixels
+from modicum.evaluate.classifiers import apply_head
 from modicum.evaluate.predict import predict
+from modicum.evaluate.raw_pixels import raw_pixels
 from modicum.features import FeatureStore, outputs, prepare
 from modicum.hardware import Hardware
 from modicum.neighbours import nearest_others
@@ -117,10 +118,8 @@ def test_features_that_another_run_has_are_not_computed_again(tmp_path):
 
 
 def test_neighbours_are_searched_for_once_among_the_same_features(tmp_path, monkeypatch):
-    store, rows = (
-        FeatureStore(tmp_path / "kept", images_of(pixels(5)), CPU),
-        np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32),
-    )
+    store = FeatureStore(tmp_path / "kept", images_of(pixels(5)), CPU)
+    rows = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
     expected = nearest_others(rows, 3)
     for _ in range(2):
         for found, right in zip(store.neighbours("some", rows, 3), expected, strict=True):

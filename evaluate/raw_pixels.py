@@ -1,20 +1,13 @@
-"""What stage three makes of images and features beside what `modicum/features.py` keeps: raw pixels, and a head's word."""
+"""Pixels in the place of features: what every backbone has to beat."""
 
 import numpy as np
 import torch
 from torch import nn
 
 from modicum.data.image_files import Pixels
-from modicum.hardware import Hardware
 
 LARGEST_RAW = 64  # pixels a side above which raw pixels are pooled
 POOLED = 32
-
-
-@torch.inference_mode()
-def apply_head(head: nn.Module, features: torch.Tensor, hardware: Hardware) -> np.ndarray:
-    """Logits float32 (N, C), from features (N, D): in fp32, since the head costs nothing."""
-    return head.to(hardware.device).eval()(features.to(hardware.device)).float().cpu().numpy()
 
 
 def raw_pixels(pixels: Pixels) -> tuple[np.ndarray, str]:
