@@ -93,9 +93,8 @@ def test_of_equally_similar_images_the_lower_rows_are_found():
 def pair_by_pair(bank, queries, k):
     """Similarities of all pairs as the search computes those that it proposes, and the k best, of equal ones the lower row."""
     bank, queries = torch.from_numpy(bank), torch.from_numpy(queries)
-    every = torch.arange(len(bank)).repeat(len(queries))
-    counts = torch.full((len(queries),), len(bank))
-    similarities, rows = exact_search._most_similar(bank, queries, counts, every, k)
+    pairs = np.divmod(np.arange(len(bank) * len(queries)), len(queries))
+    similarities, rows = exact_search._most_similar(bank, queries, *pairs, k)
     return similarities.numpy(), rows.numpy()
 
 
@@ -160,7 +159,7 @@ def test_no_product_is_further_off_than_its_bound(features, kind):
 def test_few_rows_are_computed_twice_where_features_share_a_mean(monkeypatch):
     proposed = []
     chosen = exact_search._most_similar
-    monkeypatch.setattr(exact_search, "_most_similar", lambda *given: proposed.append(len(given[3])) or chosen(*given))
+    monkeypatch.setattr(exact_search, "_most_similar", lambda *given: proposed.append(len(given[2])) or chosen(*given))
     monkeypatch.setattr(exact_search, "has_fast_bf16", lambda device: True)
     random = np.random.default_rng(0)
     bank, queries = (normalise(2 + random.normal(size=(size, 24))) for size in (20_000, 50))
@@ -174,6 +173,21 @@ def test_rows_that_are_no_numbers_leave_no_search_without_an_answer():
     _, found = search(bank, bank[:2], 3)
     assert found[:, 0].tolist() == [3, 3]
     assert found[:, 1].tolist() == [0, 1]
+
+
+def test_a_search_that_fails_says_why_and_gives_the_threads_back(monkeypatch):
+    def fails(bank, queries, k):
+        raise MemoryError(f"{torch.get_num_threads()} threads")
+
+    monkeypatch.setattr(exact_search, "_nearest", fails)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(MemoryError, match="1 threads"):
+            search(np.eye(6, dtype=np.float32), np.eye(6, dtype=np.float32), 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_no_queries_have_no_neighbours():
