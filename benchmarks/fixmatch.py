@@ -29,10 +29,10 @@ from modicum.finetune.audit import Audit
 from modicum.hardware import Hardware, choose_hardware
 from modicum.loop import Training
 from modicum.method import find_method
-from modicum.networks import Classifier
+from modicum.networks import Backbone, Classifier
 from modicum.optim import build_optimizer, parameter_groups, schedule_with_warmup
 from modicum.resolve import resolve, stage_facts, view_arguments
-from modicum.settings import Experiment
+from modicum.settings import AUTO, Experiment
 from modicum.views.policies import build_policy
 
 ARRANGEMENTS = {"weak views apart": (False, 7.0), "weak_in_batch": (True, 4.0)}  # name -> setting, bar
@@ -56,13 +56,13 @@ class Block(nn.Module):
         return shortcut + self.second(F.relu(self.norms[1](self.first(active))))
 
 
-class WideResNet(nn.Module):
+class WideResNet(Backbone):
     """WRN-28-2 without its classifier (Zagoruyko 2016, arXiv:1605.07146): images (B, C, 32, 32) -> features (B, 128)."""
 
     num_features = 128
 
     def __init__(self, channels: int = 3, blocks: int = 4, widths: tuple[int, ...] = (16, 32, 64, 128)) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # timm has no such network
         self.stem = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
         layers: list[nn.Module] = []
         for number, (width, wider) in enumerate(pairwise(widths)):
@@ -80,7 +80,11 @@ def run(quick: bool) -> Iterator[Row]:
     batch = 2 if quick else 64
     for title, (weak_in_batch, bar) in ARRANGEMENTS.items():
         method = {"name": "fixmatch", "weak_in_batch": weak_in_batch}
-        asked = {"data": DATA, "finetune": {"method": method, "labels": LABELS, "batch_size": batch, "steps": 100_000}, "compile": False}
+        asked = {
+            "data": DATA,
+            "finetune": {"method": method, "labels": LABELS, "batch_size": batch, "steps": 100_000},
+            "compile": False if quick else AUTO,
+        }
         experiment, _ = resolve(Experiment.model_validate(asked), images)
         hardware = choose_hardware(experiment)
         peer = apart(peer_step, batch, experiment.finetune.mu, hardware.device)
@@ -99,7 +103,7 @@ def begin(experiment: Experiment, images: Images, hardware: Hardware, folder: Pa
     settings, seed = experiment.finetune, experiment.seed
     backbone = WideResNet(images.channels)
     facts = stage_facts("finetune", settings.model_dump(), images)
-    method: Any = find_method("finetune", "fixmatch").from_settings(backbone, facts, seed, settings.method)  # type: ignore[arg-type]
+    method: Any = find_method("finetune", "fixmatch").from_settings(backbone, facts, seed, settings.method)
     train = images.rows("train")
     rows = {"labelled": train[:LABELS], "unlabelled": train}
     sizes = {"labelled": settings.batch_size, "unlabelled": settings.batch_size * settings.mu}
@@ -145,7 +149,7 @@ def peer_step(batch: int, mu: int, device: torch.device) -> Work:
     both, train = WeakAndStrong(), images.rows("train")
     labelled = batches(Pictures(images, train[:LABELS], both.weak), batch)
     unlabelled = batches(Pictures(images, train, both), batch * mu)
-    student = Classifier(WideResNet(images.channels), images.num_classes).to(device)  # type: ignore[arg-type]
+    student = Classifier(WideResNet(images.channels), images.num_classes).to(device)
     average = copy.deepcopy(student).requires_grad_(False)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.03, momentum=0.9, nesterov=True, weight_decay=5e-4)
     mixed = torch.arange(batch * (1 + 2 * mu), device=device).view(-1, 1 + 2 * mu).T.reshape(-1)

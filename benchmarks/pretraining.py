@@ -11,8 +11,9 @@ gets our numbers for 32 px (crops from a fifth of the area, no blur, SimCLR's ji
 Its momentum encoder normalises by its own batch: `bn` is the same mathematics, `shuffle_bn` our default, `eman` what the shipped configs
 take.
 
-The bare step is the method's own forward (its loss included) and backward on random tensors that stand ready. Nothing is compiled, which
-for these networks gains nothing on a CPU (docs/settings.md). On a GPU the same is measured, in longer rounds and without bars.
+The bare step is the method's own forward (its loss included) and backward on random tensors that stand ready. As in a run of that length,
+backbones are compiled on several threads of a CPU (`compile: auto`), in both, before the first round. On a GPU the same is measured, in
+longer rounds and without bars.
 """
 
 import copy
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from benchmarks.pairs import Row, Work, apart, compared, device_clock, installed, repeated, steps_a_round, train_in_turn
 from benchmarks.pictures import DATA, Pictures, batches, fashion_images
+from modicum.compilation import compile_backbones, earns_compilation
 from modicum.data.images import Images
 from modicum.data.stream import Sample, Stream
 from modicum.exchange import initial_backbone
@@ -36,7 +38,7 @@ from modicum.method import Method, find_method
 from modicum.networks import Backbone, create_backbone
 from modicum.optim import build_optimizer, parameter_groups, schedule_with_warmup
 from modicum.resolve import num_steps, resolve, stage_facts, view_arguments
-from modicum.settings import Experiment
+from modicum.settings import AUTO, Auto, Experiment
 from modicum.views.policies import build_policy
 
 NETWORKS = {"resnet18": (3.0, 3), "resnet10_small": (4.0, 5)}  # name -> bar beside lightly, rounds
@@ -57,25 +59,25 @@ def run(quick: bool) -> Iterator[Row]:
         if quick and network != "resnet10_small":
             continue
         for title, settings in METHODS.items():
-            experiment = experiment_of(images, network, settings, batch)
+            experiment = experiment_of(images, network, settings, batch, compiled=False if quick else AUTO)
             hardware = choose_hardware(experiment)
             steps, theirs = (1, 1) if quick else steps_a_round(hardware.device)
-            others: dict[str, Work] = {BARE: repeated(bare_step(experiment, images, hardware), steps)}
             with ExitStack() as held:
+                folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+                training = begin(experiment, images, hardware, folder)
+                others: dict[str, Work] = {BARE: repeated(bare_step(experiment, images, hardware, folder), steps)}
                 if with_lightly:
                     peer = held.enter_context(apart(lightly_step, settings["name"], experiment, hardware.device))
                     others[LIGHTLY] = repeated(peer, theirs)
-                folder = held.enter_context(tempfile.TemporaryDirectory())
-                training = begin(experiment, images, hardware, Path(folder))
                 seconds = train_in_turn(training, steps, others, 1 if quick else rounds, device_clock(hardware.device))
             amounts = {"ours": steps * batch, BARE: steps * batch, LIGHTLY: theirs * batch}
             bars = {BARE: 0.85, LIGHTLY: bar} if hardware.device.type == "cpu" else {}
             yield from compared("pretraining", f"{network}, {title}", seconds, unit="images/s", amounts=amounts, bars=bars)
 
 
-def experiment_of(images: Images, network: str, method: dict[str, Any], batch: int) -> Experiment:
-    """A run of 100 epochs with every `auto` decided."""
-    asked = {"data": DATA, "backbone": {"name": network}, "pretrain": {"method": method, "batch_size": batch}, "compile": False}
+def experiment_of(images: Images, network: str, method: dict[str, Any], batch: int, compiled: bool | Auto) -> Experiment:
+    """A run of 100 epochs with every `auto` of the method decided."""
+    asked = {"data": DATA, "backbone": {"name": network}, "pretrain": {"method": method, "batch_size": batch}, "compile": compiled}
     experiment, _ = resolve(Experiment.model_validate(asked), images)
     return experiment
 
@@ -118,8 +120,8 @@ class Ready(Sample):
         return self.rendered[number]
 
 
-def bare_step(experiment: Experiment, images: Images, hardware: Hardware) -> Work:
-    """Forward and backward of the method, and nothing else."""
+def bare_step(experiment: Experiment, images: Images, hardware: Hardware, folder: Path) -> Work:
+    """Forward and backward of the method, and nothing else; compiled, with its code in `folder`, where the run is."""
     method, stream = build_method(experiment, images, hardware.device)
     method.to(hardware.device).to(memory_format=torch.channels_last).train()
     sample = stream.sample(0)
@@ -137,7 +139,10 @@ def bare_step(experiment: Experiment, images: Images, hardware: Hardware) -> Wor
             loss = method(batch)
         loss.total.backward()
 
-    return step
+    if not (hardware.compile and earns_compilation(hardware, num_steps(experiment.pretrain, len(images.rows("train"))))):
+        return step
+    compile_backbones(method, step, folder / "compiled")
+    return torch.compiler.set_stance("default")(step)  # which monitors of the loop run without
 
 
 def lightly_step(name: str, experiment: Experiment, device: torch.device) -> Work:

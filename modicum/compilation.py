@@ -1,4 +1,4 @@
-"""Compiled code for the student's backbone: made once, where a run is long enough to earn it, and kept in the run's folder."""
+"""Compiled code for the backbones in training: made once, where a run is long enough to earn it, and kept in the run's folder."""
 
 import os
 import tempfile
@@ -21,13 +21,14 @@ def earns_compilation(hardware: Hardware, steps: int) -> bool:
     return steps >= LONG and hardware.gains_by_compiling
 
 
-def compile_backbones(student: nn.Module, step: Callable[[], object], folder: Path) -> str:
-    """Compiles the backbones in `student` in place, which leaves the names in its state as they are, and calls `step` to see it work.
+def compile_backbones(method: nn.Module, step: Callable[[], object], folder: Path) -> str:
+    """Compiles the student's backbone and the teacher's in place, which leaves the names in the state of `method` as they are, and calls
+    `step` to see it work. A teacher whose norm is folded computes with a copy, which stays as it is.
 
     Returns how long that took. Raises RuntimeError, with all as it was before, where this machine or network does not allow it: for
     want of a C++ compiler, for example. Code lies in `folder` unless TORCHINDUCTOR_CACHE_DIR names another place for it.
     """
-    backbones = [module for module in student.modules() if isinstance(module, Backbone)]
+    backbones = [module for module in method.modules() if isinstance(module, Backbone)]
     began = time.monotonic()
     for backbone in backbones:
         backbone.compile(dynamic=False)  # views have few sizes; one code for all of them would be slower

@@ -141,7 +141,7 @@ class Training:
         return int(state["step"])
 
     def _compile(self, start: int) -> None:
-        """Settles whether the student's backbone is compiled, which a step for nothing shows: the state is then as it was."""
+        """Settles whether backbones are compiled, which a step for nothing shows: the state is then as it was."""
         if self.hardware.compile == "auto":
             self.hardware = replace(self.hardware, compile=earns_compilation(self.hardware, self.steps))
         if not self.hardware.compile:
@@ -156,7 +156,7 @@ class Training:
             loss.total.backward()
 
         try:
-            took = compile_backbones(self.method.student, step, self.folder / "compiled")
+            took = compile_backbones(self.method, step, self.folder / "compiled")
             say(f"{self.title}: compiled in {took}")
         except RuntimeError as error:
             self.hardware = replace(self.hardware, compile=False)
