@@ -16,7 +16,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed beside the peers, in one table.")
     parser.add_argument("words", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; without any, all of these; or {', '.join(LONG)}")
     parser.add_argument("--quick", action="store_true", help="seconds a case, to see that all still runs; the figures mean nothing")
-    parser.add_argument("--table", action="store_true", help="measure nothing; write the kept results into benchmarks/README.md")
+    parser.add_argument(
+        "--table", action="store_true", help="measure nothing; write the kept results into benchmarks/README.md and README.md"
+    )
     parser.add_argument("--results", type=Path, help=f"the table to keep; by default {RESULTS.name} beside this file, none if --quick")
     asked = parser.parse_args(arguments)
     overrides = [word for word in asked.words if "=" in word]

@@ -19,6 +19,7 @@ import torch
 from modicum.loop import Monitor, Training
 from modicum.record import warn
 
+BARE = "bare network step"  # a candidate that is no peer: what a step comes to without all that is around its network
 WARM_UP = 3  # rounds of a peer in a process of its own, in which its C library adapts to how large its tensors are
 Clock = Callable[[], float]
 Seconds = dict[str, list[float]]  # candidate, ours first -> seconds of each of its rounds

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.pairs import Row, Work, apart, compared, device_clock, installed, repeated, steps_a_round, train_in_turn
+from benchmarks.pairs import BARE, Row, Work, apart, compared, device_clock, installed, repeated, steps_a_round, train_in_turn
 from benchmarks.pictures import DATA, Pictures, batches, fashion_images
 from modicum.compilation import compile_backbones, earns_compilation
 from modicum.data.images import Images
@@ -49,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "simclr": {"name": "simclr"},
     "byol": {"name": "byol", "hidden_size": 1024},  # lightly's example has it narrower than the paper's 4096
 }
-BARE, LIGHTLY = "bare network step", "lightly"
+LIGHTLY = "lightly"
 
 
 def run(quick: bool) -> Iterator[Row]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from benchmarks.pairs import Row
+from benchmarks.pairs import BARE, Row
 from modicum.files import write_atomically
 from modicum.hardware import choose_hardware
 from modicum.provenance import provenance
@@ -22,9 +22,18 @@ from modicum.settings import Experiment
 
 RESULTS = Path(__file__).with_name("results.csv")
 README = Path(__file__).with_name("README.md")
+FRONT = README.parents[1] / "README.md"
 START, END = "<!-- speed table -->", "<!-- /speed table -->"
 PEERS = ("lightly", "kornia")
 COLUMNS = [*(field.name for field in fields(Row)), "held"]
+HEADLINES = {  # what the front page tells: case and setting -> its words for them
+    ("pretraining", "resnet10_small, moco_v2, eman"): "MoCo v2 with EMAN, small network, 32 px",
+    ("pretraining", "resnet18, moco_v2, eman"): "MoCo v2 with EMAN, ResNet-18, 32 px",
+    ("fixmatch", "WRN-28-2, weak views apart"): "FixMatch, WideResNet-28-2, 64 + 448 images",
+    ("views", "moco_v2, 32 px"): "MoCo v2 views, 32 px, one thread",
+    ("neighbours", "10,000 queries in 60,000 x 512"): "exact kNN, 10,000 in 60,000 x 512, k 200",
+    ("probe", "60,000 x 512"): "linear probe, 60,000 x 512, six strengths",
+}
 WORDS = {True: "yes", False: "no", None: ""}
 
 
@@ -124,11 +133,24 @@ def _bar(row: Row) -> str:
     return "" if row.bar is None else f" (bar {row.bar:g}, {'held' if row.held else '**not held**'})"
 
 
-def write_table(results: Path = RESULTS, document: Path = README) -> None:
-    """Puts the table of the kept results between the markers of the document."""
-    before, start, rest = document.read_text(encoding="utf-8").partition(START)
-    _, end, after = rest.partition(END)
-    assert start, f"{document} has lost its marker {START}"
-    assert end, f"{document} has lost its marker {END}"
-    places = json.loads(results.with_suffix(".json").read_text(encoding="utf-8"))
-    write_atomically(document, f"{before}{start}\n\n{markdown(read(results), places)}\n{end}{after}")
+def headlines(rows: Iterable[Row], places: dict[str, str]) -> str:
+    """The front page's table: our figure, and how many times as fast it is as each peer that has a bar."""
+    lines = ["| the same work | Modicum | times as fast as |", "| --- | ---: | --- |"]
+    for key, (ours, *others) in groupby(rows, lambda row: (row.case, row.setting)):
+        if key in HEADLINES:
+            peers = [(row.candidate.partition(",")[0], row.ratio) for row in others if row.ratio and row.candidate != BARE]
+            beside = ", ".join(f"{name} {ratio:.{1 if ratio < 10 else 0}f}" for name, ratio in peers)
+            lines.append(f"| {HEADLINES[key]} | {figure(ours.median)} {ours.unit} | {beside} |")
+    where = dict.fromkeys(places[case] for case, _ in HEADLINES if case in places)
+    return "\n".join(["Each row in one run, in turns; measured on:", *(f"- {place}" for place in where), "", *lines, ""])
+
+
+def write_table(results: Path = RESULTS, document: Path = README, front: Path = FRONT) -> None:
+    """Puts what the kept results say between the markers of the documents."""
+    rows, places = read(results), json.loads(results.with_suffix(".json").read_text(encoding="utf-8"))
+    for path, made in ((document, markdown(rows, places)), (front, headlines(rows, places))):
+        before, start, rest = path.read_text(encoding="utf-8").partition(START)
+        _, end, after = rest.partition(END)
+        assert start, f"{path} has lost its marker {START}"
+        assert end, f"{path} has lost its marker {END}"
+        write_atomically(path, f"{before}{start}\n\n{made}\n{end}{after}")

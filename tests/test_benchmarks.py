@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -113,6 +114,7 @@ ROWS = [
     Row("views", "weak, 28 px", "kornia", 250.0, 260.0, "views/s", 8.0, 6.0),
     Row("views", "weak, 28 px", "PIL", 500.0, 510.0, "views/s", 4.0, 20.0),
     Row("probe", "60,000 x 512", "ours", 1.5, 1.4, "s"),
+    Row("probe", "60,000 x 512", "scikit-learn, same strengths", 36.0, 36.0, "s", 24.0, 20.0),
 ]
 
 
@@ -121,24 +123,29 @@ def test_results_are_kept_case_by_case(tmp_path: Path) -> None:
     results.keep(path, "probe", ROWS[3:], "a machine")
     results.keep(path, "views", [Row("views", "old", "ours", 1.0, 1.0, "views/s")], "a machine")
     results.keep(path, "views", ROWS[:3], "a machine")
-    assert results.read(path) == [ROWS[3], *ROWS[:3]]
+    assert results.read(path) == [*ROWS[3:], *ROWS[:3]]
     with path.open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert list(lines[0]) == ["case", "setting", "candidate", "median", "best", "unit", "ratio", "bar", "held"]
-    assert [line["held"] for line in lines] == ["", "", "yes", "no"]
+    assert [line["held"] for line in lines] == ["", "yes", "", "yes", "no"]
 
 
-def test_the_table_stands_between_the_markers(tmp_path: Path) -> None:
-    document, path = tmp_path / "README.md", tmp_path / "results.csv"
-    document.write_text(f"before\n{results.START}\nold\n{results.END}\nafter\n")
+def test_the_tables_stand_between_the_markers(tmp_path: Path) -> None:
+    document, front, path = tmp_path / "README.md", tmp_path / "front.md", tmp_path / "results.csv"
+    for page in (document, front):
+        page.write_text(f"before\n{results.START}\nold\n{results.END}\nafter\n")
     results.keep(path, "views", ROWS[:3], "a machine")
-    results.write_table(path, document)
-    text = document.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "| weak, 28 px | 2,000 views/s | kornia 8.00 x (bar 6, held); PIL 4.00 x (bar 20, **not held**) |" in text
-    assert "a machine" in text
+    results.keep(path, "probe", ROWS[3:], "another")
+    results.write_table(path, document, front)
+    whole, short = document.read_text(), front.read_text()
+    for text in (whole, short):
+        assert text.startswith("before\n")
+        assert text.endswith("after\n")
+        assert "old" not in text
+    assert "| weak, 28 px | 2,000 views/s | kornia 8.00 x (bar 6, held); PIL 4.00 x (bar 20, **not held**) |" in whole
+    assert "a machine" in whole
+    assert "| linear probe, 60,000 x 512, six strengths | 1.5 s | scikit-learn 24 |" in short
+    assert "weak" not in short  # not among the headlines
 
 
 def test_a_result_names_hardware_versions_and_commit() -> None:
@@ -147,8 +154,12 @@ def test_a_result_names_hardware_versions_and_commit() -> None:
     assert re.search(r"\d+ cores; (cpu|cuda|mps).*(bf16|fp32).*; commit [0-9a-f]{9}", told)
 
 
-def test_the_documents_markers_are_there() -> None:
-    assert results.README.read_text().partition(results.START)[2].partition(results.END)[1]
+def test_the_documents_say_what_the_kept_results_say(tmp_path: Path) -> None:
+    copies = [Path(shutil.copy(page, tmp_path / f"{number}.md")) for number, page in enumerate((results.README, results.FRONT))]
+    results.write_table(results.RESULTS, *copies)
+    assert [copy.read_text() for copy in copies] == [results.README.read_text(), results.FRONT.read_text()]
+    for key in results.HEADLINES:
+        assert key in {(row.case, row.setting) for row in results.read(results.RESULTS)}
 
 
 def test_a_wrong_neighbour_is_noticed_and_a_tie_is_not() -> None:

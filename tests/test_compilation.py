@@ -17,10 +17,12 @@ from modicum.data.stream import Batch
 from modicum.errors import Interrupted
 from modicum.hardware import Hardware
 from modicum.loop import Monitor, Training
-from modicum.method import Loss, Method
+from modicum.method import Loss, Method, Progress
 from modicum.networks import Backbone
 from modicum.optim import SCHEDULES, parameter_groups
 from modicum.randomness import generator
+from modicum.settings import TeacherSettings
+from modicum.teacher import Teacher
 
 STEPS = 6
 COMPILED = Hardware(torch.device("cpu"), "fp32", 1, compile=True)
@@ -34,16 +36,33 @@ class Small(Backbone):
         self.network = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
 
 
+class View:
+    """A sample whose one view is `x`."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def view(self, number: int) -> Tensor:
+        return self.x
+
+
 class Line(Method):
+    """Learns a sum, and to say what its average says."""
+
     def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.student = nn.Sequential(Small(), nn.Linear(8, 1))
+        self.teacher = Teacher(self.student, TeacherSettings(norm="bn", momentum=0.9))
 
     def forward(self, batch: Batch) -> Loss:
         x: Tensor = batch["x"]  # type: ignore[assignment]
-        return Loss((self.student(x) - x.sum(dim=1, keepdim=True)).square().mean())
+        said, taught = self.student(x), self.teacher(View(x), 0)  # type: ignore[arg-type]
+        return Loss((said - x.sum(dim=1, keepdim=True)).square().mean() + (said - taught).square().mean())
+
+    def after_step(self, progress: Progress) -> None:
+        self.teacher.update(self.student)
 
 
 def training(folder: Path, hardware: Hardware, stop_at: int = -1) -> Training:
@@ -97,6 +116,7 @@ def test_a_compiled_run_resumes_to_the_same_bits_and_lies_near_the_other(tmp_pat
     again = training(tmp_path / "stopped", Hardware(torch.device("cpu"), "fp32", 1))
     again.run()
     assert again.hardware.compile  # from the state
+    assert [module._compiled_call_impl is not None for module in again.method.modules() if isinstance(module, Small)] == [True, True]
     assert any((tmp_path / "whole" / "compiled").rglob("*.py"))
     assert_same(state("whole"), state("stopped"))
     assert state("plain")["method"].keys() == state("whole")["method"].keys()
