@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 from rich.table import Table
@@ -78,8 +78,9 @@ def read(path: Path) -> list[Row]:
 
 
 def keep(path: Path, case: str, rows: list[Row], place: str) -> None:
-    """Replaces what the table at `path` holds of the case; the line on where it was measured, `place`, goes beside it."""
-    write(path, [*(row for row in read(path) if row.case != case), *rows])
+    """Replaces what the table at `path` holds of the case, in its place; the line on where it was measured, `place`, goes beside it."""
+    of_case = {name: list(found) for name, found in groupby(read(path), lambda row: row.case)} | {case: rows}
+    write(path, chain.from_iterable(of_case.values()))
     places = path.with_suffix(".json")
     known = json.loads(places.read_text(encoding="utf-8")) if places.is_file() else {}
     write_atomically(places, json.dumps(known | {case: place}, indent=2) + "\n")

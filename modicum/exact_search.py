@@ -128,12 +128,16 @@ def _compute_with(threads: int) -> None:
 
 
 def _nearest(bank: Bank, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    return _most_similar(bank.rows, queries, *_proposed(bank, queries, k), k)
+
+
+def _proposed(bank: Bank, queries: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows, ascending, and for each the query that it may be one of the `k` nearest of."""
     products, bound = bank.products(queries)
     kth = _at_most_kth(products, k)
     certain = kth - bank.unit * kth.abs() - 2 * bound  # what k rows reach for certain, as a product that may be off
     least = (certain - 3 * bank.unit * certain.abs()).to(bank.kind)  # once for products, twice for itself
-    proposed = np.divmod(_not_below(products, least), len(queries))
-    return _most_similar(bank.rows, queries, *proposed, k)
+    return np.divmod(_not_below(products, least), len(queries))
 
 
 def _not_below(products: Tensor, least: Tensor) -> np.ndarray:
