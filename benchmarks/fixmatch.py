@@ -3,10 +3,11 @@
 Claim: WideResNet-28-2, 64 labelled and 7 x 64 unlabelled images of 32 px a step, on two cores: at least 7 times as fast in our default
 arrangement (weak views apart, without gradient), at least 4 times with `weak_in_batch`, which does the same work as the peer.
 
-Ours is the beginning of a real run of stage two: the training loop, the views, the audit of the pseudo-labels, the average. The peer has
-the structure that the common re-implementations share, written here with torchvision's transforms and two DataLoaders (a worker a core, 8
-at most), in a process of its own: images one by one through PIL, labelled, weak and strong views interleaved through one pass, masked
-cross-entropy, SGD with Nesterov momentum, an average of all weights after each step, fp32.
+Ours is the beginning of a real run of stage two, compiled as one of its length is on several threads of a CPU: the training loop, the
+views, the audit of the pseudo-labels, the average. The peer has the structure that the common re-implementations share, written here with
+torchvision's transforms and two DataLoaders (a worker a core, 8 at most), in a process of its own: images one by one through PIL,
+labelled, weak and strong views interleaved through one pass, masked cross-entropy, SGD with Nesterov momentum, an average of all weights
+after each step, fp32.
 """
 
 import copy

@@ -95,7 +95,7 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Most similar first, of equally similar rows the lower one first; fewer where the bank has fewer. Similarities do not depend on the
     processor's bf16: it moves only how many rows are computed twice.
     """
-    k = min(k, len(bank))
+    k, bank = min(k, len(bank)), bank.contiguous()
     if not len(queries):
         return queries.new_empty(0, k), torch.empty(0, k, dtype=torch.int64)
     searched = RoundedBank(bank) if len(bank) >= LARGE and has_fast_bf16(bank.device) else Bank(bank)

@@ -175,6 +175,13 @@ def test_rows_that_are_no_numbers_leave_no_search_without_an_answer():
     assert found[:, 1].tolist() == [0, 1]
 
 
+def test_how_features_lie_in_memory_changes_nothing():
+    drawn = normalise(np.random.default_rng(0).normal(size=(300, 24)))
+    bank, queries = drawn[:250], drawn[250:]
+    for ours, others in zip(search(bank, queries, 5), search(np.asfortranarray(bank), np.asfortranarray(queries), 5), strict=True):
+        np.testing.assert_array_equal(ours, others)
+
+
 def test_a_search_that_fails_says_why_and_gives_the_threads_back(monkeypatch):
     def fails(bank, queries, k):
         raise MemoryError(f"{torch.get_num_threads()} threads")
