@@ -113,7 +113,7 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     each = max(1, threads // TOGETHER)
     torch.set_num_threads(each)  # here too: a thread that has worked for this one waits for more, and holds a core
     try:
-        with ThreadPoolExecutor(TOGETHER, initializer=_compute_with, initargs=[each]) as pool:
+        with ThreadPoolExecutor(TOGETHER, initializer=_compute_with, initargs=(each,)) as pool:
             for _ in pool.map(answer, parts):  # an error or an interruption ends it with the parts that are at work
                 pass
     finally:
@@ -165,7 +165,7 @@ def _at_most_kth(products: Tensor, k: int) -> Tensor:
 def _most_similar(bank: Tensor, queries: Tensor, rows: np.ndarray, proposed_to: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
     """The best `k` of the pairs proposed, ascending: of `rows` the first to the query `proposed_to[0]`, and so on; at least `k` each."""
     similar = np.empty(len(rows), dtype=np.float32)
-    faiss.pairwise_indexed_inner_product(  # of ascending rows, so that each is read once
+    faiss.pairwise_indexed_inner_product(  # type: ignore[attr-defined]  # of ascending rows, so that each is read once
         bank.shape[1], len(rows), *(faiss.swig_ptr(x) for x in (bank.numpy(), rows, queries.numpy(), proposed_to, similar))
     )
     of_query = np.argsort(proposed_to.astype(np.min_scalar_type(len(queries))), kind="stable")  # small numbers are sorted without comparing
