@@ -33,7 +33,9 @@ def blend(x: Tensor, matrix: Tensor, towards_mean: Tensor) -> Tensor:
     `matrix` (B, C, C) and `towards_mean` (B, C) come from `blend_maps`.
     """
     offset = (towards_mean * x.mean(2)).sum(1)[:, None, None]
-    return torch.baddbmm(offset, matrix, x).clamp_(0, 1)
+    # A product of one channel rounds a single image otherwise than several, on some processors.
+    mixed = (matrix * x).add_(offset) if x.shape[1] == 1 else torch.baddbmm(offset, matrix, x)
+    return mixed.clamp_(0, 1)
 
 
 def hue_offsets(turn: Tensor) -> Tensor:
