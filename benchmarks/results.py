@@ -5,6 +5,7 @@ import io
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -135,14 +136,14 @@ def _bar(row: Row) -> str:
 
 
 def headlines(rows: Iterable[Row], places: dict[str, str]) -> str:
-    """The front page's table: our figure, and how many times as fast it is as each peer that has a bar."""
+    """The front page's table: our figure, and how many times as fast it is as each peer; machine, commit and day without the versions."""
     lines = ["| the same work | Modicum | times as fast as |", "| --- | ---: | --- |"]
     for key, (ours, *others) in groupby(rows, lambda row: (row.case, row.setting)):
         if key in HEADLINES:
             peers = [(row.candidate.partition(",")[0], row.ratio) for row in others if row.ratio and row.candidate != BARE]
             beside = ", ".join(f"{name} {ratio:.{1 if ratio < 10 else 0}f}" for name, ratio in peers)
             lines.append(f"| {HEADLINES[key]} | {figure(ours.median)} {ours.unit} | {beside} |")
-    where = dict.fromkeys(places[case] for case, _ in HEADLINES if case in places)
+    where = dict.fromkeys(re.sub("; python.*(?=; commit)", "", places[case]) for case, _ in HEADLINES if case in places)
     return "\n".join(["Each row in one run, in turns; measured on:", *(f"- {place}" for place in where), "", *lines, ""])
 
 

@@ -21,7 +21,9 @@ from torch import Tensor
 from modicum.hardware import has_fast_bf16
 
 CELLS = 3 * 2**22  # products held at a time
-TOGETHER = 2  # parts of the queries searched at a time: each has steps that one thread does alone, or that wait for memory
+TOGETHER = (
+    2  # parts of the queries searched at a time where threads suffice: each has steps that one thread does alone, or that wait for memory
+)
 TILE = 32  # bf16 numbers of a row that a processor multiplies at once: products of rows that fill such tiles are up to a third faster
 PART = 256  # rows rounded at a time: more leave memory behind that is freed and not given back
 COMPARED = 4096  # rows of products compared at a time, so that what is asked of them stays in the cache
@@ -100,20 +102,21 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return queries.new_empty(0, k), torch.empty(0, k, dtype=torch.int64)
     searched = RoundedBank(bank) if len(bank) >= LARGE and has_fast_bf16(bank.device) else Bank(bank)
     pivots = bank[:: max(1, len(bank) // PIVOTS)]
-    order = (queries @ pivots.T).argmax(dim=1).argsort()  # queries of the same surroundings after one another: the cache holds their rows
-    size = max(1, CELLS // len(bank) // TOGETHER)
+    order = (queries @ pivots.T).argmax(dim=1).argsort()  # queries of the same surroundings in one part, which then reads fewer rows
+    threads = torch.get_num_threads()
+    together = min(TOGETHER, threads)
+    size = max(1, CELLS // len(bank) // together)
     parts = order.split(size // 32 * 32 or size)
     similarities, rows = torch.empty(len(queries), k), torch.empty(len(queries), k, dtype=torch.int64)
-    threads = torch.get_num_threads()
 
     @torch.inference_mode()  # of each thread
     def answer(part: Tensor) -> None:
         similarities[part], rows[part] = _nearest(searched, queries[part], k)
 
-    each = max(1, threads // TOGETHER)
+    each = threads // together
     torch.set_num_threads(each)  # here too: a thread that has worked for this one waits for more, and holds a core
     try:
-        with ThreadPoolExecutor(TOGETHER, initializer=_compute_with, initargs=(each,)) as pool:
+        with ThreadPoolExecutor(together, initializer=_compute_with, initargs=(each,)) as pool:
             for _ in pool.map(answer, parts):  # an error or an interruption ends it with the parts that are at work
                 pass
     finally:
@@ -122,7 +125,7 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _compute_with(threads: int) -> None:
-    """In this thread."""
+    """What the calling thread may use, in torch's operations and in faiss'."""
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
 

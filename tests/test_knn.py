@@ -1,6 +1,7 @@
 """Weighted kNN against a loop written from the formula, and against scikit-learn."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -182,19 +183,51 @@ def test_how_features_lie_in_memory_changes_nothing():
         np.testing.assert_array_equal(ours, others)
 
 
-def test_a_search_that_fails_says_why_and_gives_the_threads_back(monkeypatch):
-    def fails(bank, queries, k):
-        raise MemoryError(f"{torch.get_num_threads()} threads")
-
-    monkeypatch.setattr(exact_search, "_nearest", fails)
+@pytest.fixture
+def two_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        with pytest.raises(MemoryError, match="1 threads"):
-            search(np.eye(6, dtype=np.float32), np.eye(6, dtype=np.float32), 2)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_threads_and_parts_change_nothing(rounded, two_threads, monkeypatch):
+    monkeypatch.setattr(exact_search, "LARGE", 1 if rounded else 10_000)
+    monkeypatch.setattr(exact_search, "has_fast_bf16", lambda device: True)
+    drawn = normalise(np.random.default_rng(0).normal(size=(1300, 24)))
+    bank, queries = drawn[:1000], drawn[1000:]
+    whole = search(bank, queries, 7)
+    monkeypatch.setattr(exact_search, "CELLS", 9000)  # four queries a part, or nine
+    for threads in (2, 1):
+        torch.set_num_threads(threads)
+        for ours, others in zip(search(bank, queries, 7), whole, strict=True):
+            np.testing.assert_array_equal(ours, others)
+
+
+@pytest.mark.parametrize(("threads", "workers"), [(1, 1), (2, 2), (5, 2)])
+def test_a_search_takes_no_more_threads_than_it_may(threads, workers, two_threads, monkeypatch):
+    seen = set()
+    monkeypatch.setattr(exact_search, "CELLS", 12)  # a query a part
+    chosen = exact_search._nearest
+    monkeypatch.setattr(
+        exact_search, "_nearest", lambda *given: seen.add((threading.get_ident(), torch.get_num_threads())) or chosen(*given)
+    )
+    torch.set_num_threads(threads)
+    search(np.eye(6, dtype=np.float32), np.eye(6, dtype=np.float32), 2)
+    assert 1 <= len(seen) <= workers
+    assert {number for _, number in seen} == {threads // workers}
+    assert torch.get_num_threads() == threads
+
+
+def test_a_search_that_fails_says_why_and_gives_the_threads_back(two_threads, monkeypatch):
+    def fails(bank, queries, k):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(exact_search, "_nearest", fails)
+    with pytest.raises(MemoryError, match="no room"):
+        search(np.eye(6, dtype=np.float32), np.eye(6, dtype=np.float32), 2)
+    assert torch.get_num_threads() == 2
 
 
 def test_no_queries_have_no_neighbours():
