@@ -20,7 +20,7 @@ from torch import Tensor
 
 from modicum.hardware import has_fast_bf16
 
-CELLS = 3 * 2**22  # products held at a time
+CELLS = 2**24  # products held at a time
 TOGETHER = (
     2  # parts of the queries searched at a time where threads suffice: each has steps that one thread does alone, or that wait for memory
 )
