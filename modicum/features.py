@@ -18,16 +18,16 @@ from modicum.hardware import Hardware
 from modicum.neighbours import nearest_others
 from modicum.record import is_rank_zero, progress
 from modicum.session import Session
+from modicum.views import build_policy
 
 BATCH = 512
 
 
 def prepare(pixels: Tensor, preprocessing: Preprocessing, device: torch.device) -> Tensor:
-    """uint8 (B, C, S, S) -> normalised float32 on `device`, channels last; to the last bit what the view policy `none` gives."""
-    scale = torch.tensor(preprocessing.std, device=device).reciprocal().view(-1, 1, 1)
-    shift = torch.tensor(preprocessing.mean, device=device).view(-1, 1, 1) * scale
-    images = pixels.to(device).float().div_(255).mul_(scale).sub_(shift)
-    return images.contiguous(memory_format=torch.channels_last)
+    """uint8 (B, C, S, S) -> normalised float32 on `device`, channels last: the views of policy `none`."""
+    _, channels, _, side = pixels.shape
+    plain = build_policy({"name": "none"}, image_size=side, channels=channels, mirror=False, mean=preprocessing.mean, std=preprocessing.std)
+    return plain(pixels.to(device), {}).contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()

@@ -9,8 +9,10 @@ from torchvision.transforms.v2 import functional as TF
 
 from modicum.errors import InputError
 from modicum.randomness import generator
-from modicum.views import Policy, build_policy, colour, geometry, randaugment
+from modicum.views import Policy, batched, build_policy
+from modicum.views.batched import colour, geometry
 from modicum.views.draws import draw_crops
+from modicum.views.randaugment import OPERATIONS
 from modicum.views.recipes import PAPERS, Recipe
 
 MEAN, STD = (0.4, 0.5, 0.3), (0.2, 0.25, 0.3)
@@ -155,7 +157,7 @@ def test_blur_equals_torchvision(side, taps):
 def test_warps_equal_torchvision_affine(side, channels):
     """Bilinear, black outside, to 1e-4 (3e-4 at 224 px): sampling positions in float32 are that precise."""
     amounts = {"rotate": 25.0, "shear_x": 0.3, "shear_y": -0.2, "translate_x": 0.125, "translate_y": -0.25, "zoom": 0.2}
-    operation = torch.tensor([randaugment.OPERATIONS.index(name) for name in amounts])
+    operation = torch.tensor([OPERATIONS.index(name) for name in amounts])
     x = pictures(len(amounts), side, channels) / 255
     none = {"angle": 0.0, "translate": [0.0, 0.0], "scale": 1.0, "shear": [0.0, 0.0]}
     arguments = [
@@ -169,7 +171,7 @@ def test_warps_equal_torchvision_affine(side, channels):
     expected = torch.stack(
         [TF.affine(image, **keys, interpolation=InterpolationMode.BILINEAR) for image, keys in zip(x, arguments, strict=True)]
     )
-    close(randaugment.apply(x.clone(), operation, torch.tensor(list(amounts.values()))), expected, 1e-4 if side < 100 else 3e-4)
+    close(batched.randaugment.apply(x.clone(), operation, torch.tensor(list(amounts.values()))), expected, 1e-4 if side < 100 else 3e-4)
 
 
 def test_randaugment_runs_the_drawn_operation_on_each_image():
@@ -181,8 +183,8 @@ def test_randaugment_runs_the_drawn_operation_on_each_image():
         "sharpness": TF.adjust_sharpness,
     }
     names = [*factors, "identity", "autocontrast", "equalize", "solarize"]
-    operation = torch.tensor([randaugment.OPERATIONS.index(name) for name in names])
-    result = randaugment.apply(x.clone(), operation, torch.full((8,), 0.4))
+    operation = torch.tensor([OPERATIONS.index(name) for name in names])
+    result = batched.randaugment.apply(x.clone(), operation, torch.full((8,), 0.4))
     for i, function in enumerate(factors.values()):
         close(result[i], function(x[i], 0.4))
     close(result[4:], torch.stack((x[4], TF.autocontrast(x[5]), TF.equalize(x[6]), TF.solarize(x[7], 0.4))))

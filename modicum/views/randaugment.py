@@ -4,22 +4,16 @@ Departures: warps interpolate bilinearly (PIL: nearest) and shear about the cent
 eight bits between operations.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from modicum.hardware import send
-from modicum.views import colour
-from modicum.views.geometry import affine
-
 WARPS = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y", "zoom")
-BLENDS = ("brightness", "contrast", "color")  # in the order of colour.BRIGHTNESS, CONTRAST, SATURATION
+BLENDS = ("brightness", "contrast", "color")  # in the order of batched.colour.BRIGHTNESS, CONTRAST, SATURATION
 OPERATIONS = ("identity", "autocontrast", "equalize", "posterize", "solarize", "sharpness", *BLENDS, *WARPS)
 
 
 def draw_amounts(operation: Tensor, limits: dict[str, float], enhance: tuple[float, float], generator: torch.Generator) -> Tensor:
-    """One strength for each drawn operation (int64, any shape): float32 of the same shape, in the units that `apply` takes.
+    """One strength for each drawn operation (int64, any shape): float32 of the same shape.
 
     Warps are even in -limit..limit (rotate in degrees, shear and zoom as ratios, translate in image sides), the enhancing operations
     even in `enhance` (1 changes nothing), posterize keeps 16 to 256 levels, solarize starts at 0 to 1.
@@ -40,7 +34,7 @@ def draw_amounts(operation: Tensor, limits: dict[str, float], enhance: tuple[flo
 
 
 def warp_matrices(operation: Tensor, amount: Tensor) -> Tensor:
-    """Output-to-input maps (B, 2, 3) for `affine` of the warps among the operations, on the CPU.
+    """Output-to-input maps (B, 2, 3), centre 0 and edges at -1 and 1, of the warps among the operations, on the CPU.
 
     Positive amounts turn counter-clockwise, shear to the right and downwards, move right and down, enlarge.
     """
@@ -55,37 +49,3 @@ def warp_matrices(operation: Tensor, amount: Tensor) -> Tensor:
     theta[:, 1, 2] -= name["translate_y"] * 2 * amount
     theta[:, :, :2] /= torch.where(name["zoom"], 1 + amount, torch.ones_like(amount))[:, None, None]
     return theta
-
-
-def _column(amount: Tensor, x: Tensor) -> Tensor:
-    return send(amount[:, None, None], x.device)
-
-
-def _blend(x: Tensor, operation: Tensor, amount: Tensor) -> Tensor:
-    kind = operation - OPERATIONS.index(BLENDS[0])
-    matrix, towards_mean = colour.blend_maps(kind, amount, x.shape[1])
-    return colour.blend(x.flatten(2), send(matrix, x.device), send(towards_mean, x.device))
-
-
-# Each takes images (B, C, S, S) and, on the CPU, their operations and amounts (B,); operations of one line share a kernel.
-_KERNELS: tuple[tuple[tuple[str, ...], Callable[[Tensor, Tensor, Tensor], Tensor]], ...] = (
-    (WARPS, lambda x, operation, amount: affine(x, send(warp_matrices(operation, amount), x.device))),
-    (BLENDS, _blend),
-    (("sharpness",), lambda x, operation, amount: colour.sharpness(x, _column(amount, x)[..., None])),
-    (("solarize",), lambda x, operation, amount: colour.solarize(x.flatten(2), _column(amount, x))),
-    (("posterize",), lambda x, operation, amount: colour.posterize(x.flatten(2), _column(amount, x))),
-    (("autocontrast",), lambda x, operation, amount: colour.autocontrast(x.flatten(2))),
-    (("equalize",), lambda x, operation, amount: colour.equalize(x.flatten(2))),
-)
-
-
-def apply(x: Tensor, operation: Tensor, amount: Tensor) -> Tensor:
-    """Image i of float `x` (B, C, S, S) in 0..1 does `operation[i]` by `amount[i]` (both (B,), on the CPU), in place."""
-    for names, kernel in _KERNELS:
-        wanted = torch.tensor([OPERATIONS.index(name) for name in names])
-        index = torch.isin(operation, wanted).nonzero()[:, 0]
-        if len(index):
-            place = send(index, x.device)
-            part = x.index_select(0, place)
-            x.index_copy_(0, place, kernel(part, operation[index], amount[index]).view_as(part))
-    return x

@@ -67,6 +67,10 @@ class Recipe(Settings):
     def jitters(self) -> bool:
         return bool(self.jitter_probability and (self.brightness or self.contrast or self.saturation or self.hue))
 
+    def blur_taps(self, size: int) -> int:
+        """Width of the blur's kernel for views of `size` pixels: a tenth of the side, odd."""
+        return max(3, round(size / 10) // 2 * 2 + 1)
+
 
 _JITTER = {"jitter_probability": 0.8, "brightness": 0.4, "contrast": 0.4}
 _MOCO_V2 = {

@@ -1,0 +1,23 @@
+"""How loops over pixels are compiled: by numba, at their first call on a machine, and kept for the next process."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numba import njit
+
+Array = np.ndarray[Any, Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def compiled(function: Function) -> Function:
+    """Without Python's lock, so that threads share a batch. Sums may be reordered, for every image alike.
+
+    Kept in __pycache__ beside the source, or where NUMBA_CACHE_DIR says. A compiled function calls those of its own file alone, since
+    numba looks at no other to see whether what it has kept is stale.
+    """
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # there is no folder that may be written
+        return njit(**options)(function)
