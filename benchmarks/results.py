@@ -137,14 +137,16 @@ def _bar(row: Row) -> str:
 
 def headlines(rows: Iterable[Row], places: dict[str, str]) -> str:
     """The front page's table: our figure, and how many times as fast it is as each peer; machine, commit and day without the versions."""
-    lines = ["| the same work | Modicum | times as fast as |", "| --- | ---: | --- |"]
+    of_case = {case: re.sub("; python.*(?=; commit)", "", places[case]) for case, _ in HEADLINES if case in places}
+    where = list(dict.fromkeys(of_case.values()))
+    lines = ["| the same work | Modicum | times as fast as | on |", "| --- | ---: | --- | ---: |"]
     for key, (ours, *others) in groupby(rows, lambda row: (row.case, row.setting)):
         if key in HEADLINES:
             peers = [(row.candidate.partition(",")[0], row.ratio) for row in others if row.ratio and row.candidate != BARE]
             beside = ", ".join(f"{name} {ratio:.{1 if ratio < 10 else 0}f}" for name, ratio in peers)
-            lines.append(f"| {HEADLINES[key]} | {figure(ours.median)} {ours.unit} | {beside} |")
-    where = dict.fromkeys(re.sub("; python.*(?=; commit)", "", places[case]) for case, _ in HEADLINES if case in places)
-    return "\n".join(["Each row in one run, in turns; measured on:", *(f"- {place}" for place in where), "", *lines, ""])
+            on = where.index(of_case[ours.case]) + 1 if ours.case in of_case else ""
+            lines.append(f"| {HEADLINES[key]} | {figure(ours.median)} {ours.unit} | {beside} | {on} |")
+    return "\n".join(["Each row in one run, in turns; measured on:", "", *(f"{n}. {place}" for n, place in enumerate(where, 1)), "", *lines, ""])
 
 
 def write_table(results: Path = RESULTS, document: Path = README, front: Path = FRONT) -> None:

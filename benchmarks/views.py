@@ -7,10 +7,6 @@ Who does less work has no bar, but is measured all the same: torchvision v2 on w
 RandAugment, which draws its operations once for a batch. (So does kornia's jitter with its order; it keeps its bar.) Nor has `none`, which
 draws nothing.
 
-Measured before kornia was here: 43,000 MoCo v2 views a second (best round 47,500) at 32 px RGB, 21 times torchvision image by image and
-3.6 times torchvision v2; 143,000 at 28 px grey; 274 at 224 px with blur, 2.5 times and 1.7 times. Median of 25 rounds, one core of an AMD
-EPYC (AVX-512), shared and busy with other work, torch 2.14.1, torchvision 0.29.1, 22 November 2026. Later figures: benchmarks/README.md.
-
 On a CPU one thread works, and the clock is the processor time of this process, so that others that take the core in between do not
 count (that they share its caches does). Drawing the random numbers is included. What does not suit the images (blur up to 32 px, colour
 on one channel) is left out for everyone. Peers' RandAugment has its library's own operations at magnitude 10.

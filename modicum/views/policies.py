@@ -1,7 +1,8 @@
 """Policies by name: settings -> a pipeline that turns a batch of uint8 images into augmented, normalised float images.
 
-Claim: exact to torchvision's functionals with a draw for each image, at more than 40,000 MoCo v2 views a second on one thread
-(32 px RGB, without blur). Proof: tests/test_views.py and benchmarks/views.py, which states the figures.
+Claim: exact to torchvision's functionals with a draw for each image, at more than 100,000 MoCo v2 views a second on one thread of a CPU
+(32 px RGB, without blur). Proof: tests/test_views.py, tests/test_fused_views.py and benchmarks/views.py, whose figures are in
+benchmarks/README.md.
 """
 
 import contextlib
