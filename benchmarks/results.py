@@ -146,7 +146,8 @@ def headlines(rows: Iterable[Row], places: dict[str, str]) -> str:
             beside = ", ".join(f"{name} {ratio:.{1 if ratio < 10 else 0}f}" for name, ratio in peers)
             on = where.index(of_case[ours.case]) + 1 if ours.case in of_case else ""
             lines.append(f"| {HEADLINES[key]} | {figure(ours.median)} {ours.unit} | {beside} | {on} |")
-    return "\n".join(["Each row in one run, in turns; measured on:", "", *(f"{n}. {place}" for n, place in enumerate(where, 1)), "", *lines, ""])
+    numbered = (f"{n}. {place}" for n, place in enumerate(where, 1))
+    return "\n".join(["Each row in one run, in turns; measured on:", "", *numbered, "", *lines, ""])
 
 
 def write_table(results: Path = RESULTS, document: Path = README, front: Path = FRONT) -> None:

@@ -17,10 +17,10 @@ HERE, NEXT, PAIR = map(np.uint64, (0, 1, 2))
 
 @compiled
 def _taps(length: int, size: int, mirrored: bool, start: Array, weight: Array) -> np.uint64:
-    """Which of `length` pixels make each of `size`: uint64 (size,) where they start, float32 (K, size) their weights, which add up to 1.
-    Returns how many are needed, an even number.
+    """Which of `length` pixels make each of `size` places, written to uint64 `start` (size,), and by which `weight` (K, size), 1 in sum.
 
-    Triangles as wide as a pixel, or as a place where it shrinks (antialiasing, as `resize(antialias=True)`).
+    Triangles as wide as a pixel, or as a place where it shrinks (antialiasing, as `resize(antialias=True)`). Returns how many pixels a
+    place may need, an even number.
     """
     scale = length / size
     support = max(scale, 1.0)
