@@ -137,16 +137,17 @@ def _bar(row: Row) -> str:
 
 def headlines(rows: Iterable[Row], places: dict[str, str]) -> str:
     """The front page's table: our figure, and how many times as fast it is as each peer; machine, commit and day without the versions."""
-    of_case = {case: re.sub("; python.*(?=; commit)", "", places[case]) for case, _ in HEADLINES if case in places}
-    where = list(dict.fromkeys(of_case.values()))
+    where: list[str] = []
     lines = ["| the same work | Modicum | times as fast as | on |", "| --- | ---: | --- | ---: |"]
     for key, (ours, *others) in groupby(rows, lambda row: (row.case, row.setting)):
         if key in HEADLINES:
+            place = re.sub("; python.*(?=; commit)", "", places.get(ours.case, "a machine that is not known"))
+            if place not in where:
+                where.append(place)
             peers = [(row.candidate.partition(",")[0], row.ratio) for row in others if row.ratio and row.candidate != BARE]
             beside = ", ".join(f"{name} {ratio:.{1 if ratio < 10 else 0}f}" for name, ratio in peers)
-            on = where.index(of_case[ours.case]) + 1 if ours.case in of_case else ""
-            lines.append(f"| {HEADLINES[key]} | {figure(ours.median)} {ours.unit} | {beside} | {on} |")
-    numbered = (f"{n}. {place}" for n, place in enumerate(where, 1))
+            lines.append(f"| {HEADLINES[key]} | {figure(ours.median)} {ours.unit} | {beside} | {where.index(place) + 1} |")
+    numbered = (f"{number}. {place}" for number, place in enumerate(where, 1))
     return "\n".join(["Each row in one run, in turns; measured on:", "", *numbered, "", *lines, ""])
 
 

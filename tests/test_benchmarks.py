@@ -144,7 +144,8 @@ def test_the_tables_stand_between_the_markers(tmp_path: Path) -> None:
         assert "old" not in text
     assert "| weak, 28 px | 2,000 views/s | kornia 8.00 x (bar 6, held); PIL 4.00 x (bar 20, **not held**) |" in whole
     assert "a machine" in whole
-    assert "| linear probe, 60,000 x 512, six strengths | 1.5 s | scikit-learn 24 |" in short
+    assert "| linear probe, 60,000 x 512, six strengths | 1.5 s | scikit-learn 24 | 1 |" in short
+    assert "1. another\n\n" in short  # the machine of what is shown alone
     assert "weak" not in short  # not among the headlines
 
 
