@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from modicum import distributed
 from modicum.config import did_you_mean
 from modicum.errors import InputError
-from modicum.networks.norms import synchronise
+from modicum.networks.norms import SyncBatchNorm, replace_norms
 from modicum.networks.stems import SMALL_IMAGE
 from modicum.optim import Pace, Recipe
 from modicum.randomness import seeded
@@ -103,7 +103,7 @@ class Method(nn.Module):
         teacher = getattr(getattr(model, "teacher", None), "norm", "none")
         method.norm = teacher if teacher in ("shuffle_bn", "sync_bn") else facts.norm
         if method.norm == "sync_bn":
-            synchronise(method)  # the teacher and all heads too
+            replace_norms(method, SyncBatchNorm)  # the teacher and all heads too
         return method
 
     def prepare(self, batch: "Batch") -> None:

@@ -11,6 +11,7 @@ from modicum import distributed
 from modicum.data.stream import Sample
 from modicum.hardware import send
 from modicum.networks.folding import Folded
+from modicum.networks.norms import GroupedBatchNorm, replace_norms
 from modicum.settings import TeacherSettings
 
 
@@ -30,6 +31,8 @@ class Teacher(nn.Module):
 
     def __init__(self, student: nn.Module, settings: TeacherSettings) -> None:
         super().__init__()
+        if settings.norm == "shuffle_bn":
+            replace_norms(student, GroupedBatchNorm)
         self.network = copy.deepcopy(student).requires_grad_(False)
         self.norm = settings.norm
         self.momentum = float(settings.momentum)
@@ -94,8 +97,15 @@ class Teacher(nn.Module):
 
 
 def in_groups(network: nn.Module, images: Tensor, groups: int) -> Tensor:
-    """`network` applied to `groups` equal parts of the batch one by one, so that each has norm statistics of its own."""
-    return network(images) if groups == 1 else torch.cat([network(part) for part in images.chunk(groups)])
+    """`network` applied to a batch of whose `groups` equal parts each has norm statistics of its own: that of a `shuffle_bn` teacher."""
+    norms = [module for module in network.modules() if isinstance(module, GroupedBatchNorm)]
+    for norm in norms:
+        norm.groups = groups
+    try:
+        return network(images)
+    finally:
+        for norm in norms:
+            norm.groups = 1
 
 
 @contextmanager

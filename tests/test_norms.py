@@ -14,9 +14,9 @@ from modicum import distributed
 from modicum.checkpoint import Preprocessing, save_backbone
 from modicum.method import Facts, Progress, find_method
 from modicum.networks import create_backbone
-from modicum.networks.norms import SyncBatchNorm, synchronise
+from modicum.networks.norms import GroupedBatchNorm, SyncBatchNorm, replace_norms
 from modicum.settings import BackboneSettings, TeacherSettings
-from modicum.teacher import Teacher
+from modicum.teacher import Teacher, in_groups
 
 NORMS = [nn.BatchNorm1d(6), nn.BatchNorm2d(6), nn.BatchNorm2d(6, affine=False), BatchNormAct2d(6, act_layer=nn.SiLU)]
 
@@ -39,7 +39,7 @@ def test_gathered_moments_give_the_batch_norm_of_one_process(
 ) -> None:
     given = nn.Sequential(copy.deepcopy(norm))
     ours = copy.deepcopy(given)
-    synchronise(ours)
+    replace_norms(ours, SyncBatchNorm)
     for seed in range(2):
         x = (3 + 2 * draw(*((8, 6) if isinstance(norm, nn.BatchNorm1d) else (8, 6, 5, 4)), seed=seed)).to(kind)
         inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
@@ -53,6 +53,31 @@ def test_gathered_moments_give_the_batch_norm_of_one_process(
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm", NORMS, ids=["1d", "2d", "without affine", "with activation"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("tracked", [False, True], ids=["untracked", "tracked"])
+def test_a_grouped_norm_is_as_many_calls_with_a_part_each(
+    norm: nn.Module, compiled: bool, tracked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = nn.Sequential(copy.deepcopy(norm))
+    ours = copy.deepcopy(given)
+    replace_norms(ours, GroupedBatchNorm)
+    given[0].track_running_stats = ours[0].track_running_stats = tracked  # type: ignore[assignment]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiled)
+    for seed in range(2):
+        x = 3 + 2 * draw(*((12, 6) if isinstance(norm, nn.BatchNorm1d) else (12, 6, 5, 4)), seed=seed)
+        inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+        outputs = [torch.cat([given(part) for part in inputs[0].chunk(3)]), in_groups(ours, inputs[1], 3)]
+        for output in outputs:
+            (output * draw(*x.shape, seed=9)).sum().backward()
+        torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-5, atol=1e-5)
+    for name, value in given.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(x), given(x), rtol=1e-5, atol=1e-5)  # no groups outside of `in_groups`
+    torch.testing.assert_close(ours.eval()(x), given.eval()(x))
+
+
 def test_torchs_own_layer_for_gpus_takes_ours_for_its_own() -> None:
     ours, x = SyncBatchNorm(nn.BatchNorm2d(6)), draw(8, 6, 5, 4)
     assert torch.equal(nn.SyncBatchNorm.forward(ours, x), nn.BatchNorm2d(6)(x))  # type: ignore[arg-type]
@@ -63,7 +88,7 @@ def test_on_one_process_and_when_exported_it_is_plain_batch_norm(tmp_path: Path,
     plain = create_backbone(BackboneSettings(name=name, stem="standard"), 3, 64, seed=0)
     ours, images = copy.deepcopy(plain), draw(4, 3, 64, 64)
     before = [id(parameter) for parameter in ours.parameters()]
-    synchronise(ours)
+    replace_norms(ours, SyncBatchNorm)
     assert [id(parameter) for parameter in ours.parameters()] == before
     assert not any(type(module).__name__.startswith("BatchNorm") for module in ours.modules())
     assert torch.equal(ours(images), plain(images))
