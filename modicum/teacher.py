@@ -97,7 +97,10 @@ class Teacher(nn.Module):
 
 
 def in_groups(network: nn.Module, images: Tensor, groups: int) -> Tensor:
-    """`network` applied to a batch of whose `groups` equal parts each has norm statistics of its own: that of a `shuffle_bn` teacher."""
+    """`network` applied to a batch of which each of `groups` equal parts has norm statistics of its own, in the order of the batch.
+
+    Its norms must be grouped ones, as those of a student and its `shuffle_bn` teacher are.
+    """
     norms = [module for module in network.modules() if isinstance(module, GroupedBatchNorm)]
     for norm in norms:
         norm.groups = groups
