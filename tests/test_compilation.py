@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from modicum.networks import Backbone
 from modicum.optim import SCHEDULES, parameter_groups
 from modicum.randomness import generator
 from modicum.settings import TeacherSettings
-from modicum.teacher import Teacher
+from modicum.teacher import Teacher, in_groups
 
 STEPS = 6
 COMPILED = Hardware(torch.device("cpu"), "fp32", 1, compile=True)
@@ -37,37 +37,41 @@ class Small(Backbone):
 
 
 class View:
-    """A sample whose one view is `x`."""
+    """A sample whose one view is `x`; its permutation reverses it."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
 
-    def view(self, number: int) -> Tensor:
-        return self.x
+    def view(self, number: int, order: Tensor | None = None) -> Tensor:
+        return self.x if order is None else self.x[order]
+
+    def permutation(self) -> Tensor:
+        return torch.arange(len(self.x)).flip(0)
 
 
 class Line(Method):
     """Learns a sum, and to say what its average says."""
 
-    def __init__(self) -> None:
+    def __init__(self, norm: Literal["bn", "shuffle_bn"]) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.student = nn.Sequential(Small(), nn.Linear(8, 1))
-        self.teacher = Teacher(self.student, TeacherSettings(norm="bn", momentum=0.9))
+        self.teacher = Teacher(self.student, TeacherSettings(norm=norm, momentum=0.9, groups=4))
 
     def forward(self, batch: Batch) -> Loss:
         x: Tensor = batch["x"]  # type: ignore[assignment]
-        said, taught = self.student(x), self.teacher(View(x), 0)  # type: ignore[arg-type]
+        said = in_groups(self.student, x, self.teacher.groups)
+        taught = self.teacher(View(x), 0)  # type: ignore[arg-type]
         return Loss((said - x.sum(dim=1, keepdim=True)).square().mean() + (said - taught).square().mean())
 
     def after_step(self, progress: Progress) -> None:
         self.teacher.update(self.student)
 
 
-def training(folder: Path, hardware: Hardware, stop_at: int = -1) -> Training:
+def training(folder: Path, hardware: Hardware, stop_at: int = -1, norm: Literal["bn", "shuffle_bn"] = "bn") -> Training:
     folder.mkdir(exist_ok=True)
-    method = Line()
+    method = Line(norm)
 
     def batch(step: int) -> dict[str, Tensor]:
         if step == stop_at:
@@ -105,15 +109,18 @@ def no_code_from_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_run_resumes_to_the_same_bits_and_lies_near_the_other(tmp_path: Path, assert_same: Callable[..., None]) -> None:
+@pytest.mark.parametrize("norm", ["bn", "shuffle_bn"])
+def test_a_compiled_run_resumes_to_the_same_bits_and_lies_near_the_other(
+    norm: Literal["bn", "shuffle_bn"], tmp_path: Path, assert_same: Callable[..., None]
+) -> None:
     def state(name: str) -> Any:
         return torch.load(tmp_path / name / "state.pt", weights_only=True)
 
-    training(tmp_path / "plain", Hardware(torch.device("cpu"), "fp32", 1)).run()
-    training(tmp_path / "whole", COMPILED).run()
+    training(tmp_path / "plain", Hardware(torch.device("cpu"), "fp32", 1), norm=norm).run()
+    training(tmp_path / "whole", COMPILED, norm=norm).run()
     with pytest.raises(Interrupted):
-        training(tmp_path / "stopped", COMPILED, stop_at=3).run()
-    again = training(tmp_path / "stopped", Hardware(torch.device("cpu"), "fp32", 1))
+        training(tmp_path / "stopped", COMPILED, stop_at=3, norm=norm).run()
+    again = training(tmp_path / "stopped", Hardware(torch.device("cpu"), "fp32", 1), norm=norm)
     again.run()
     assert again.hardware.compile  # from the state
     assert [module._compiled_call_impl is not None for module in again.method.modules() if isinstance(module, Small)] == [True, True]
