@@ -21,9 +21,8 @@ from torch import Tensor
 from modicum.hardware import has_fast_bf16
 
 CELLS = 2**24  # products held at a time
-TOGETHER = (
-    2  # parts of the queries searched at a time where threads suffice: each has steps that one thread does alone, or that wait for memory
-)
+# Parts of the queries searched at a time where threads suffice: each has steps that one thread does alone, or that wait for memory.
+TOGETHER = 2
 TILE = 32  # bf16 numbers of a row that a processor multiplies at once: products of rows that fill such tiles are up to a third faster
 PART = 256  # rows rounded at a time: more leave memory behind that is freed and not given back
 COMPARED = 4096  # rows of products compared at a time, so that what is asked of them stays in the cache
