@@ -43,7 +43,7 @@ check: .venv/.dev
 	$(BIN)/ruff check .
 	rm -rf build/types
 	$(BIN)/python setup.py -q build_py --build-lib build/types
-	$(BIN)/mypy build/types/modicum
+	MYPYPATH=build/types $(BIN)/mypy build/types/modicum benchmarks
 	$(MAKE) test
 
 bench: .venv/.bench

@@ -168,9 +168,9 @@ def peer_step(batch: int, mu: int, device: torch.device) -> Work:
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            for mine, theirs in zip(average.parameters(), student.parameters(), strict=True):
-                mine.mul_(0.999).add_(theirs, alpha=0.001)
-            for mine, theirs in zip(average.buffers(), student.buffers(), strict=True):
-                mine.copy_(theirs)
+            for mean, weight in zip(average.parameters(), student.parameters(), strict=True):
+                mean.mul_(0.999).add_(weight, alpha=0.001)
+            for copied, statistic in zip(average.buffers(), student.buffers(), strict=True):
+                copied.copy_(statistic)
 
     return step

@@ -50,7 +50,7 @@ def run(quick: bool) -> Iterator[Row]:
         warn(f"The probe of pixels is left out: {reason}")
         return
     count, others = (600, 200) if quick else (len(images.labels) - 10_000, 10_000)
-    pixels, _ = raw_pixels(images.pixels[: count + others])
+    pixels, _ = raw_pixels(images.pixels[torch.arange(count + others)])
     yield from _beside_one_fit(standardise(pixels, np.arange(count)), images.labels[: count + others], count, 1 if quick else 2)
 
 

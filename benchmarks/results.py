@@ -68,11 +68,14 @@ def read(path: Path) -> list[Row]:
     with path.open(newline="", encoding="utf-8") as file:
         return [
             Row(
-                *(line[name] for name in ("case", "setting", "candidate")),
+                line["case"],
+                line["setting"],
+                line["candidate"],
                 float(line["median"]),
                 float(line["best"]),
                 line["unit"],
-                *(float(line[name]) if line[name] else None for name in ("ratio", "bar")),
+                float(line["ratio"]) if line["ratio"] else None,
+                float(line["bar"]) if line["bar"] else None,
             )
             for line in csv.DictReader(file)
         ]
@@ -124,8 +127,8 @@ def markdown(rows: Iterable[Row], places: dict[str, str]) -> str:
         lines += [f"### {case}", "", places.get(case, ""), "", "| setting | ours | times as good as |", "|---|---:|---|"]
         for setting, of_setting in groupby(of_case, lambda row: row.setting):
             ours, *others = of_setting
-            named = [(row, "what is asked" if row is ours else row.candidate) for row in (ours, *others) if row.ratio is not None]
-            beside = "; ".join(f"{name} {times(row.ratio)}{_bar(row)}" for row, name in named)
+            ratios = [(row, row.ratio) for row in (ours, *others) if row.ratio is not None]
+            beside = "; ".join(f"{'what is asked' if row is ours else row.candidate} {times(ratio)}{_bar(row)}" for row, ratio in ratios)
             lines.append(f"| {setting} | {figure(ours.median)} {ours.unit} | {beside} |")
         lines.append("")
     return "\n".join(lines)

@@ -13,12 +13,12 @@ on one channel) is left out for everyone. Peers' RandAugment has its library's o
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from benchmarks.pairs import Row, Work, compared, device_clock, installed, take_turns
@@ -99,14 +99,14 @@ def torchvision_steps(policy: Policy) -> tuple[list[Any], list[Any]]:
 
 def kornia_policy(policy: Policy) -> Callable[[Tensor], Tensor] | None:
     """The policy by kornia, on floats; None where kornia has no such thing (RandAugment on one channel)."""
-    import kornia.augmentation as K  # type: ignore[import-not-found]  # an extra: [bench]
-    from kornia.augmentation.auto import RandAugment  # type: ignore[import-not-found]
+    import kornia.augmentation as K
+    from kornia.augmentation.auto import RandAugment
 
     recipe, side, colour = policy.recipe, policy.size, policy.channels == 3
     if recipe.num_operations and not colour:
         return None
     strengths = (recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue)
-    jitter = [K.ColorJitter(*strengths, p=recipe.jitter_probability)]
+    jitter: list[nn.Module] = [K.ColorJitter(*strengths, p=recipe.jitter_probability)]
     if not colour:
         around = [(1 - strength, 1 + strength) for strength in strengths[:2]]
         jitter = [
@@ -132,7 +132,7 @@ def kornia_policy(policy: Policy) -> Callable[[Tensor], Tensor] | None:
 
 
 @torch.no_grad()
-def _in_order(steps: list[Callable[[Tensor], Tensor]], images: Tensor) -> Tensor:
+def _in_order(steps: Sequence[Callable[[Tensor], Tensor]], images: Tensor) -> Tensor:
     for step in steps:
         images = step(images)
     return images

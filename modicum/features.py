@@ -1,8 +1,8 @@
 """What frozen networks say of plain images, and who is near whom among them: asked once, whichever stage or run of a sweep asks again."""
 
 import hashlib
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,17 @@ def prepare(pixels: Tensor, preprocessing: Preprocessing, device: torch.device) 
     return plain(pixels.to(device), {}).contiguous(memory_format=torch.channels_last)
 
 
+@contextmanager
+def in_evaluation(network: nn.Module) -> Iterator[None]:
+    """Within, norms use their running statistics and nothing is dropped; afterwards the mode is as it was."""
+    mode = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(mode)
+
+
 @torch.no_grad()
 def outputs(
     network: nn.Module,
@@ -45,14 +56,11 @@ def outputs(
     The network comes to lie on the run's device, channels last. A `title` asks for a progress bar: not within another one.
     """
     network.to(hardware.device).to(memory_format=torch.channels_last)
-    mode = network.training
-    network.eval()
     parts, silent = [], nullcontext[Callable[[int], None]](lambda _: None)
-    with hardware.autocast(), progress(title, len(rows)) if title else silent as advance:
+    with in_evaluation(network), hardware.autocast(), progress(title, len(rows)) if title else silent as advance:
         for part in images.batches(rows, batch_size):
             parts.append(network(prepare(part, preprocessing, hardware.device)).float().cpu())
             advance(len(part))
-    network.train(mode)
     return torch.cat(parts)
 
 

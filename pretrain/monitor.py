@@ -1,7 +1,5 @@
 """What is watched while a backbone learns: what neighbours say of its features, and how its embeddings lie on the sphere."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modicum.data.images import UNKNOWN, Images
+from modicum.features import in_evaluation
 from modicum.files import write_table
 from modicum.hardware import Hardware
 from modicum.neighbours import normalise, scores, search
@@ -129,14 +128,3 @@ class EmbeddingMonitor:
             earlier = pd.read_csv(path, dtype=str)  # as it stands, to the last digit
             made = pd.concat([earlier[earlier["step"].astype(int) < step], made])
         write_table(path, made)
-
-
-@contextmanager
-def in_evaluation(network: nn.Module) -> Iterator[None]:
-    """Within, norms use their running statistics and nothing is dropped; afterwards the mode is as it was."""
-    mode = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(mode)
