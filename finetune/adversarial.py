@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from modicum.finetune.losses import consistency
+from modicum.hardware import in_full_precision
 
 
-def adversarial_direction(network: Callable[[Tensor], Tensor], images: Tensor, start: Tensor, xi: float, iterations: int) -> Tensor:
+@in_full_precision
+def adversarial_direction(images: Tensor, start: Tensor, network: Callable[[Tensor], Tensor], xi: float, iterations: int) -> Tensor:
     """Unit directions (B, C, S, S) for `images` (B, C, S, S), from random ones: d <- grad of KL(p(x) || p(x + xi d)), normalised.
 
-    The parameters get no gradient from it.
+    The parameters get no gradient from it. All of it is in float32, since bf16 rounds a small step, spread over an image, away.
     """
     with torch.no_grad():
         targets = network(images).float().softmax(dim=1)

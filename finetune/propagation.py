@@ -36,12 +36,14 @@ class Propagation:
         """Targets float64 (N, C) for a head, rows summing to 1, from `features` (N, D) and `labels` int64 (N,), -1 for none.
 
         Zhou's scores are shares of influence and stay soft, sharpened and, with a `prior`, aligned to it; Poisson's are no
-        probabilities, so that only the class counts. `find` may know the neighbours from before.
+        probabilities, so that only the class counts. Images that no label reaches have all classes alike. `find` may know the
+        neighbours from before.
         """
         graph = neighbour_graph(*find(whiten(features), min(self.neighbours, len(features) - 1)))
         scores = spread(graph, labels, num_classes, self.kind, self.alpha)
         if self.kind == "poisson":
-            return np.eye(num_classes)[scores.argmax(axis=1)]
+            reached = np.ptp(scores, axis=1, keepdims=True) > 0  # a part of the graph without labels has zeros
+            return np.where(reached, np.eye(num_classes)[scores.argmax(axis=1)], 1 / num_classes)
         return aligned(scores**SHARPNESS, self.prior)
 
 

@@ -32,7 +32,7 @@ def truncated_gaussian(confidence: Tensor, mean: Tensor, variance: Tensor, sigma
     SoftMatch (arXiv:2301.10921), equation 6; its code has 2 sigmas.
     """
     below = (confidence - mean).clamp_max(0)
-    return torch.exp(-(below**2) * sigmas**2 / (2 * variance))
+    return torch.exp(-(below**2) * sigmas**2 / (2 * variance.clamp_min(1e-12)))
 
 
 def shrunk_classes(probabilities: Tensor, threshold: float) -> Tensor:

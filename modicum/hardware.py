@@ -67,7 +67,7 @@ Function = TypeVar("Function", bound=Callable[..., torch.Tensor])
 
 
 def in_full_precision(function: Function) -> Function:
-    """A loss that keeps its matrix products out of autocast: bf16 cannot tell similarities apart that differ by less than 0.004."""
+    """A loss or the like, a tensor first, kept out of autocast: bf16 cannot tell similarities apart that differ by less than 0.004."""
 
     @functools.wraps(function)
     def wrapped(*arguments: Any, **options: Any) -> torch.Tensor:

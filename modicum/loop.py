@@ -80,11 +80,12 @@ class Training:
                     "the number of ranks; with norm: sync_bn they do not."
                 )
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        own = [distributed.rank()] if distributed.world_size() > 1 else []
         saved_at = time.monotonic()
         bar = progress(self.title, self.steps * self.batch_size, completed=start * self.batch_size)
         with StopSignal() as stop, hardware.host_work(), bar as advance:
             for step in range(start, self.steps):
-                torch.manual_seed(seed_of(self.seed, self.title, step))  # dropout and its kin
+                torch.manual_seed(seed_of(self.seed, self.title, step, *own))  # dropout and its kin
 
                 method.progress = Progress(step, self.steps)
                 batch = self.batch(step)

@@ -167,8 +167,8 @@ def decide_teacher(teacher: Any, facts: Facts, momentum: float = 0.999, share: f
         raise InputError(f"teacher.groups = {groups} cannot be dealt evenly to {ranks} ranks: choose a multiple of {ranks}.")
     if facts.batch_size % groups or facts.batch_size // groups < 2:
         raise InputError(
-            f"teacher.groups = {groups} does not divide batch_size = {facts.batch_size} into groups of at least 2 "
-            f"images: choose batch_size as a multiple of {groups}, from {2 * groups} on, or norm: eman."
+            f"teacher.norm = shuffle_bn needs a batch of {groups} groups (teacher.groups) of at least 2 images, which batch_size = "
+            f"{facts.batch_size} is not: choose a multiple of {groups}, from {2 * groups} on, or norm: eman."
         )
     return decisions
 

@@ -143,10 +143,10 @@ def rising_to_one(momentum: float, progress: float) -> float:
 
 
 def build_optimizer(settings: OptimizerSettings, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
-    """The optimizer of resolved settings. LARS (arXiv:1708.03888) adapts only the groups that are decayed."""
+    """The optimizer of resolved settings. LARS (arXiv:1708.03888) adapts weights, not biases and norm layers."""
     lr, momentum = float(settings.lr), float(settings.momentum)
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, fused=True)  # one pass over memory instead of a dozen calls a parameter
     if settings.name == "lars":
-        return Lars(groups, lr=lr, momentum=momentum)
+        return Lars([group | {"always_adapt": group["params"][0].ndim > 1} for group in groups], lr=lr, momentum=momentum)
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=settings.nesterov is True)

@@ -67,7 +67,7 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             decide("pretrain.", _batch_size(experiment.pretrain, num_images))
         else:
             refuse_projector(settings["pretrain"]["method"], experiment.finetune)
-            decide("finetune.", _images_a_step(experiment.finetune, method, num_images))
+            decide("finetune.", _images_a_step(experiment.finetune, method, images))
             start = {
                 "ema_momentum": decide_momentum(0.999, section["steps"], share=0.1),
                 "export": _export(section["method"]),
@@ -255,11 +255,21 @@ def _batch_size(settings: PretrainSettings, num_images: int) -> Decisions:
     if usual <= num_images:
         return {"batch_size": (usual, WHY)}
     ranks = distributed.announced_ranks()
-    return {"batch_size": (max(2, num_images // 2 // ranks * ranks), f"half of the {num_images} training images")}
+    half = num_images // 2 // (2 * ranks) * 2 * ranks  # even on each rank, so that it can be shuffled in groups
+    return {"batch_size": (max(min(4, num_images), half), f"half of the {num_images} training images")}
 
 
-def _images_a_step(settings: FinetuneSettings, method: type[Method], num_images: int) -> Decisions:
+def _images_a_step(settings: FinetuneSettings, method: type[Method], images: Images) -> Decisions:
     """Stage two's batch sizes, where those left out do not fit the data; labelled images may come twice a step, unlabelled ones not."""
+    num_images, what = len(images.rows("train")), "training images"
+    if not settings.labelled_in_unlabelled:
+        known = int((images.labels[images.rows("train")] != UNKNOWN).sum())
+        num_images, what = num_images - min(known, num_labels(settings.labels, known)), "unlabelled images"
+        if not num_images:
+            raise InputError(
+                "finetune.labelled_in_unlabelled = false leaves no unlabelled image, since all training images give their label: leave it "
+                "out, or ask for fewer labels."
+            )
     if not method.views:  # it takes no step
         return {}
     mu, batch = settings.mu if "unlabelled" in method.views else 1, settings.batch_size
@@ -270,10 +280,8 @@ def _images_a_step(settings: FinetuneSettings, method: type[Method], num_images:
         return {}
     if given:
         times = f" with mu = {mu}, {mu * batch} unlabelled images a step," if mu > 1 else ""
-        raise InputError(
-            f"finetune.batch_size = {batch}{times} is more than the {num_images} training images: choose fewer, or leave both out."
-        )
+        raise InputError(f"finetune.batch_size = {batch}{times} is more than the {num_images} {what}: choose fewer, or leave both out.")
     ranks = distributed.announced_ranks()
     fitting = min(batch, max(2, num_images // mu // ranks * ranks))
-    why = f"of the {num_images} training images, none twice a step"
+    why = f"of the {num_images} {what}, none twice a step"
     return {"batch_size": (fitting, why), "mu": (max(1, min(settings.mu, num_images // fitting)), why)}

@@ -74,7 +74,7 @@ class Teacher(nn.Module):
         keys collapses before the average has caught up. A pretrained backbone's statistics are better than those of one batch.
         """
         norms = [module for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        norms = [norm for norm in norms if norm.num_batches_tracked is not None and not norm.num_batches_tracked]
+        norms = [norm for norm in norms if norm.track_running_stats and _as_made(norm)]
         usual = [norm.momentum for norm in norms]
         for norm in norms:
             norm.momentum = 1.0
@@ -109,6 +109,13 @@ def in_groups(network: nn.Module, images: Tensor, groups: int) -> Tensor:
     finally:
         for norm in norms:
             norm.groups = 1
+
+
+def _as_made(norm: nn.modules.batchnorm._BatchNorm) -> bool:
+    """Whether the norm has seen no image. Weights of other projects may come with statistics and without their count."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return not norm.num_batches_tracked and not norm.running_mean.any() and bool((norm.running_var == 1).all())
 
 
 @contextmanager

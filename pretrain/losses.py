@@ -91,11 +91,10 @@ def cosines(embeddings: Tensor, directions: Tensor) -> Tensor:
 @in_full_precision
 def sinkhorn(scores: Tensor, epsilon: float, rounds: int) -> Tensor:
     """Codes (N, K) from scores (N, K): each row a distribution, all prototypes used alike (arXiv:2006.09882, equations 3 to 5)."""
-    codes = ((scores - scores.max()) / epsilon).exp()  # a common factor falls out
+    codes = scores / epsilon  # in logarithms: for a small epsilon whole rows and columns would be zeros
     for _ in range(rounds):
-        codes = codes / codes.sum(dim=0)
-        codes = codes / codes.sum(dim=1, keepdim=True)
-    return codes
+        codes = F.log_softmax(F.log_softmax(codes, dim=0), dim=1)
+    return codes.exp()
 
 
 def across_views(logits: list[Tensor], targets: list[Tensor]) -> Tensor:

@@ -95,6 +95,18 @@ def test_no_step_is_decoded_twice_for_its_views(root: Path, monkeypatch: pytest.
     sample.view(1, sample.permutation())
 
 
+def test_a_step_beside_the_one_before_it_starts_no_workers_anew(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `meta_pseudo_labels` reads them."""
+    anew, cached, starts = stream(load(root, "none")), stream(load(root, "auto")), []
+    ahead = image_files.ImageFiles.ahead
+    monkeypatch.setattr(image_files.ImageFiles, "ahead", lambda *arguments: starts.append(arguments) or ahead(*arguments))
+    for step in range(4):
+        sample = anew.sample(step)
+        for one, same in ((sample.previous(), cached.sample(step).previous()), (sample, cached.sample(step))):
+            assert torch.equal(one.view(0), same.view(0))
+    assert len(starts) == 1
+
+
 def test_workers_outlive_a_signal_to_all_processes_and_end_with_their_stream(root: Path) -> None:
     anew = stream(load(root, "none"))
     anew.sample(0).images  # noqa: B018

@@ -21,7 +21,10 @@ from modicum import distributed
 from modicum.data.images import Images
 from modicum.data.sources import load_images
 from modicum.data.stream import Stream
-from modicum.method import Facts, Method, Progress, find_method, method_names, settings_model
+from modicum.hardware import Hardware
+from modicum.loop import Training
+from modicum.method import Facts, Loss, Method, Progress, find_method, method_names, settings_model
+from modicum.optim import SCHEDULES, parameter_groups
 from modicum.record import Metrics
 from modicum.settings import DataSettings, TeacherSettings
 from modicum.views.policies import build_policy
@@ -146,6 +149,12 @@ CASES: dict[str, tuple[type[nn.Module], str, str, dict[str, Any]]] = {
         {"embedding_size": 12, "invariance_weight": 1.0, "variance_weight": 1.0, "covariance_weight": 0.04},
     ),
     "moco_v3-sync_bn": (Normed, "moco_v3", "bn", {**SMALL, "temperature": 0.2, "head_layers": 2, **teacher("sync_bn")}),
+    "moco_v3-shuffle_bn": (
+        Normed,
+        "moco_v3",
+        "bn",
+        {**SMALL, "temperature": 0.2, "head_layers": 2, **teacher("shuffle_bn", groups=4)},
+    ),
     "swav-sync_bn": (Normed, "swav", "sync_bn", {**SMALL, "epsilon": 0.05, "num_prototypes": 12, "queue_size": 16, "queue_epochs": 0}),
     "w_mse-sync_bn": (NormFree, "w_mse", "sync_bn", {"hidden_size": 24, "sub_batch": 16, "embedding_size": 4}),
     "dino-no_norm": (NormFree, "dino", "bn", {**SMALL, "num_prototypes": 16, "head_norm": False, **teacher("bn")}),
@@ -256,6 +265,36 @@ def test_gather_keeps_rank_order_and_its_gradient_is_the_sum_over_ranks(tmp_path
         everyone, gradient = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert torch.equal(everyone, torch.cat([first, first + 10]))
         assert torch.equal(gradient, 3 * 2 * (first + 10 * rank))
+
+
+class Drawing(Method):
+    """Keeps what it draws in a step, as dropout would."""
+
+    drawn: list[torch.Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.drawn = nn.Linear(3, 1), []
+
+    def forward(self, batch: Any) -> Loss:
+        self.drawn.append(torch.rand(3))
+        return Loss(self.student(self.drawn[-1]).sum())
+
+
+def drawing_worker(rank: int, folder: str) -> None:
+    join(rank, folder)
+    method, hardware = Drawing(), Hardware(torch.device("cpu"), "fp32", 1)
+    optimizer = torch.optim.SGD(parameter_groups([(method, 1.0)], 0.0), lr=0.1)
+    Training("drawing", method, lambda step: {}, optimizer, SCHEDULES["constant"], 2, RANKS, Path(folder), hardware, 0).run()
+    torch.save(torch.stack(method.drawn), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_drop_different_things(tmp_path: Path) -> None:
+    (tmp_path / "port").write_text(free_port())
+    multiprocessing.spawn(drawing_worker, (str(tmp_path),), nprocs=RANKS)
+    drawn = torch.cat([torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)])
+    assert len(drawn.unique(dim=0)) == 2 * RANKS
 
 
 def torchrun(run: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -275,18 +275,20 @@ def test_the_adversarial_direction_moves_the_prediction_most() -> None:
     def network(x: torch.Tensor) -> torch.Tensor:
         return x.flatten(1) @ weight.T
 
-    found = adversarial_direction(network, images, logits(5, 4, 3).view(5, 1, 2, 2), 1e-3, 100).flatten(1)
+    found = adversarial_direction(images, logits(5, 4, 3).view(5, 1, 2, 2), network, 1e-3, 100).flatten(1)
     for i in range(5):
         p = torch.tensor(softmax((weight @ images[i].flatten()).numpy()))
         fisher = weight.T @ (p.diag() - torch.outer(p, p)) @ weight
         assert abs(float(found[i] @ torch.linalg.eigh(fisher).eigenvectors[:, -1])) == pytest.approx(1, abs=1e-2)
 
 
-def test_the_default_trial_step_is_found_in_single_precision() -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_the_default_trial_step_is_found_in_single_precision(autocast: bool) -> None:
     """After one round the direction is the Fisher matrix times the first one; what the trial step adds to it is small."""
     weight, images, start = logits(3, 64, 1), 0.1 * logits(8, 64, 2), logits(8, 64, 3)
     xi = float(settings_model(find_method("finetune", "vat")).model_fields["xi"].default)
-    found = adversarial_direction(lambda x: x @ weight.float().T, images.float(), start.float(), xi, 1).double()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = adversarial_direction(images.float(), start.float(), lambda x: x @ weight.float().T, xi, 1).double()
     for i in range(8):
         p = torch.tensor(softmax((weight @ images[i]).numpy()))
         exact = weight.T @ (p.diag() - torch.outer(p, p)) @ weight @ start[i]

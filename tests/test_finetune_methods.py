@@ -149,6 +149,14 @@ def test_softmatch_weighs_by_the_running_gaussian() -> None:
         assert torch.equal(learnt, targets)
 
 
+def test_softmatch_takes_a_single_image_as_one_without_variance() -> None:
+    method = build("softmatch", momentum=0.0, distribution_alignment="none")
+    for number in range(2):
+        _, used = method.judge(probabilities(1, number), sample([0], 2, 0), torch.zeros(2, CLASSES))
+        assert used.tolist() == [1]
+    assert method.variance.mean == 0
+
+
 def test_adamatch_measures_by_the_labelled_images() -> None:
     method = build("adamatch", momentum=0.8)
     known, guessed = np.full(CLASSES, 1 / CLASSES), np.full(CLASSES, 1 / CLASSES)
@@ -186,6 +194,7 @@ def test_pseudo_label_mixup_learns_what_was_predicted_the_time_before() -> None:
 def test_simmatch_asks_the_labelled_images() -> None:
     """Likeness of strong views to the bank is compared with that of weak ones, scaled by the class guessed for each."""
     method = build("simmatch", smoothing=0.6)
+    method({"labelled": sample([0, 1, 2, 3], 1, 5), "unlabelled": sample([0, 4], 2, 6)})
     for number in range(2):
         batch = {"labelled": sample([0, 1, 2, 3], 1, number), "unlabelled": sample([0, 4], 2, 10 + number)}
         bank, mean = method.bank.clone().numpy(), method.align.mean.clone()
@@ -211,6 +220,18 @@ def test_simmatch_asks_the_labelled_images() -> None:
             student = np.exp(bank @ strong[i] / 0.1)
             total -= np.sum(target / target.sum() * np.log(student / student.sum())) / 2
         assert loss.parts["likeness"].item() == pytest.approx(total, rel=1e-4)
+
+
+def test_simmatch_asks_no_labelled_image_before_it_has_come() -> None:
+    method = build("simmatch", smoothing=0.6, distribution_alignment="none")
+    known, others = [0, 1, 2, 3], sample([0, 4], 2, 1)
+    own = method.student(others.view(0)).softmax(dim=1).detach().numpy()
+    assert method({"labelled": sample(known[1:3], 1, 0), "unlabelled": others}).parts["likeness"] == 0
+    np.testing.assert_allclose(method.guesses.probabilities.numpy(), own, atol=1e-6)  # nobody can be asked yet
+    np.testing.assert_allclose(method.bank.norm(dim=1).numpy(), [0, 1, 1, 0], atol=1e-6)
+    assert method({"labelled": sample(known, 1, 2), "unlabelled": others}).parts["likeness"] > 0
+    np.testing.assert_allclose(method.guesses.probabilities[:, 0].numpy(), 0.6 * own[:, 0], atol=1e-6)  # of classes 1 and 2 alone
+    assert method.classes.tolist() == [0, 1, 2, 0]
 
 
 def test_shrinkmatch_counts_an_unsure_guess_among_the_classes_left() -> None:

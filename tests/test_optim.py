@@ -75,13 +75,15 @@ def test_every_optimizer_lowers_a_loss(name: str) -> None:
     assert losses[-1] < losses[0]
 
 
-def test_lars_moves_weights_by_a_share_of_their_norm_and_biases_as_sgd_does() -> None:
+@pytest.mark.parametrize("decay", [0.1, 0.0])
+def test_lars_moves_weights_by_a_share_of_their_norm_and_biases_as_sgd_does(decay: float) -> None:
     """One step from the formula of arXiv:1708.03888: lr * 0.001 * |w| / (|g| + wd |w|) * (g + wd w)."""
     layer = nn.Linear(3, 2).double()
     w, b = layer.weight.detach().clone(), layer.bias.detach().clone()
     g, h = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
     layer.weight.grad, layer.bias.grad = g.clone(), h.clone()
-    build_optimizer(OptimizerSettings(name="lars", lr=2.0, weight_decay=0.1, momentum=0.9), parameter_groups([(layer, 1.0)], 0.1)).step()
-    trust = 0.001 * w.norm() / (g.norm() + 0.1 * w.norm())
-    torch.testing.assert_close(layer.weight.detach(), w - 2.0 * trust * (g + 0.1 * w))
+    settings = OptimizerSettings(name="lars", lr=2.0, weight_decay=decay, momentum=0.9)
+    build_optimizer(settings, parameter_groups([(layer, 1.0)], decay)).step()
+    trust = 0.001 * w.norm() / (g.norm() + decay * w.norm())
+    torch.testing.assert_close(layer.weight.detach(), w - 2.0 * trust * (g + decay * w))
     torch.testing.assert_close(layer.bias.detach(), b - 2.0 * h)

@@ -185,6 +185,9 @@ def test_codes_are_distributions_that_use_all_prototypes_alike() -> None:
     assert codes.sum(dim=1).tolist() == pytest.approx([1] * 60)
     assert codes.sum(dim=0).tolist() == pytest.approx([12] * 5)
     assert sinkhorn(torch.zeros(4, 2), 0.05, 3).tolist() == [[0.5, 0.5]] * 4
+    sharp = sinkhorn(unit(60, 5, 2).float(), 0.001, 50)
+    assert sharp.isfinite().all()
+    assert sharp.sum(dim=1).tolist() == pytest.approx([1] * 60, rel=1e-4)
 
 
 @pytest.mark.parametrize(("n", "d", "k"), SIZES)

@@ -10,7 +10,7 @@ from modicum.data.images import Images
 from modicum.errors import InputError
 from modicum.finetune.methods.propagate import Propagate
 from modicum.finetune.propagated_head import DECAY, fit_head, propagated_head
-from modicum.finetune.propagation import SHARPNESS, Propagation, aligned, neighbour_graph, spread
+from modicum.finetune.propagation import SHARPNESS, Kind, Propagation, aligned, neighbour_graph, spread
 from modicum.hardware import Hardware
 from modicum.method import Facts
 from modicum.neighbours import nearest_others
@@ -143,6 +143,16 @@ def test_a_part_of_the_graph_without_labels_stays_finite() -> None:
     labels[[0, 1, 40, 41]] = [0, 0, 1, 1]
     for kind in ("zhou", "poisson"):
         assert np.isfinite(spread(neighbour_graph(*nearest_others(rows, 5)), labels, 3, kind)).all()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["zhou", "poisson"])
+def test_images_that_no_label_reaches_are_of_no_class(kind: Kind) -> None:
+    apart = np.repeat([[1, 0, 0], [0, 1, 0], [0, 0, 1]], 20, axis=0) + 0.01 * features(60, 3)
+    labels = np.full(60, -1)
+    labels[[0, 1, 20, 21]] = [0, 0, 1, 1]
+    targets = Propagation(kind, neighbours=5)(apart, labels, 3)
+    assert targets[:40].argmax(axis=1).tolist() == [0] * 20 + [1] * 20
+    np.testing.assert_allclose(targets[40:], 1 / 3)
 
 
 def test_the_head_is_the_minimum_of_its_objective() -> None:

@@ -155,6 +155,20 @@ def test_batches_of_stage_two_that_are_left_out_fit_the_data(digits: Images) -> 
     assert (settings.batch_size, settings.mu) == (5, 7)
 
 
+@pytest.mark.parametrize("count", [9, 10, 107, 116, 127])
+def test_a_batch_that_is_left_out_can_be_shuffled_in_groups(digits: Images, count: int) -> None:
+    few = Images("few", digits.pixels[:count], digits.manifest[:count].assign(split="train"), digits.class_names, digits.mirror)
+    overrides = ["pretrain={method: {name: moco_v2, teacher: {norm: shuffle_bn}}}", "finetune={}"]
+    settings = resolve(load_experiment("digits", overrides), few)[0].pretrain
+    assert count / 2 - 2 < settings.batch_size <= count / 2
+    assert settings.batch_size % settings.method["teacher"]["groups"] == 0
+
+
+def test_batches_of_stage_two_fit_the_images_that_give_no_label(digits: Images) -> None:
+    settings = resolve(load_experiment("digits", ["finetune={labels: 1300, labelled_in_unlabelled: false}"]), digits)[0].finetune
+    assert settings.batch_size * settings.mu <= 47
+
+
 def test_what_is_ignored_for_the_sake_of_a_comparison_is_warned_of(digits: Images, capsys: pytest.CaptureFixture[str]) -> None:
     resolved(digits, "finetune.method=supervised")
     assert "finetune.mu = 12 does nothing: supervised sees no unlabelled image" in capsys.readouterr().err
@@ -247,7 +261,7 @@ def test_crops_that_the_network_does_not_take_are_refused(backbone: str, sentenc
         ("pretrain.method.temperature=-1", "pretrain.method.temperature = -1 is not possible"),
         ("pretrain.method.queue_size=100000", "queue_size = 100000 is larger than the data set of 1347 images"),
         ("pretrain.method.teacher={norm: shuffle_bn, groups: 1}", "changes nothing"),
-        ("pretrain.method.teacher={norm: shuffle_bn, groups: 7}", "does not divide"),
+        ("pretrain.method.teacher={norm: shuffle_bn, groups: 7}", "batch_size = 128 is not: choose a multiple of 7"),
         ("pretrain={norm: sync_bn, method: {name: moco_v2, teacher: {norm: shuffle_bn}}}", "does not go with teacher.norm = shuffle_bn"),
         ("pretrain.batch_size=5000", "batch_size = 5000 is larger than the 1347 training images"),
         ("pretrain.views=simclr/simclr/simclr", "names 3 policies, but moco_v2 takes 2 views"),
@@ -266,7 +280,7 @@ def test_crops_that_the_network_does_not_take_are_refused(backbone: str, sentenc
         ("pretrain={batch_size: 3, method: {name: moco_v2, teacher: {norm: shuffle_bn}}}", "from 4 on, or norm: eman"),
         (
             "pretrain={batch_size: 4, method: {name: moco_v2, teacher: {norm: shuffle_bn, groups: 8}}}",
-            "choose batch_size as a multiple of 8",
+            "choose a multiple of 8, from 16 on",
         ),
         ("pretrain.method={name: swav, queue_epochs: 3}", "queue_epochs = 3 would do nothing without a queue"),
         ("pretrain.method={name: moco_v3, frozen_patches: true}", "the backbone is no transformer"),
@@ -275,6 +289,11 @@ def test_crops_that_the_network_does_not_take_are_refused(backbone: str, sentenc
             "sides of 8 and 12 px, but simclr passes all views",
         ),
         ("finetune.views=[weak, {name: moco_v2, size: 8}]", "finetune.views have sides of 8 and 12 px"),
+        ("finetune={labels: all, labelled_in_unlabelled: false}", "labelled_in_unlabelled = false leaves no unlabelled image"),
+        (
+            "finetune={labels: 1300, labelled_in_unlabelled: false, batch_size: 7, mu: 7}",
+            "49 unlabelled images a step, is more than the 47 unlabelled images",
+        ),
         ("finetune.batch_size=2000", "finetune.batch_size = 2000 with mu = 12, 24000 unlabelled images a step, is more than the 1347"),
         ("finetune={method: supervised, batch_size: 2000}", "finetune.batch_size = 2000 is more than the 1347 training images"),
         ("finetune.method={name: vat, teacher: {norm: eman}}", "unknown key 'finetune.method.teacher'"),

@@ -61,6 +61,19 @@ def test_parameters_and_statistics_are_averaged_and_integers_copied(norm: str) -
     assert any("running_var" in name and not torch.allclose(value, start[name]) for name, value in average.items())
 
 
+def test_statistics_that_came_without_their_count_are_kept_as_others_are() -> None:
+    """Files of other projects may hold the one and not the other."""
+    counted = student()
+    uncounted = copy.deepcopy(counted)
+    for name, count in uncounted.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            count.zero_()
+    for network in (counted, uncounted):
+        Teacher(network, TeacherSettings(norm="eman", momentum=0.9)).start(network, random_images(8, 5))
+    for (name, mine), (_, theirs) in zip(counted.named_buffers(), uncounted.named_buffers(), strict=True):
+        assert torch.equal(mine, theirs) or name.endswith("num_batches_tracked"), name
+
+
 @pytest.mark.parametrize("norm", ["bn", "shuffle_bn"])
 def test_what_a_teacher_is_shown_does_not_move_its_averaged_statistics(norm: str) -> None:
     teacher = Teacher(student(), TeacherSettings(norm=norm, momentum=0.9, groups=2))

@@ -14,6 +14,8 @@ from modicum.finetune.semi_supervised import Guesses, SemiSupervised, remember
 from modicum.method import Facts, Loss
 from modicum.networks import Backbone, mlp
 
+FAR = -1e4  # a similarity below all cosines that no temperature makes count, and finite, where all are absent
+
 
 class SimMatch(SemiSupervised):
     """Strong views must be like the same labelled images as weak ones are; classes and likeness correct each other."""
@@ -21,7 +23,7 @@ class SimMatch(SemiSupervised):
     views: ClassVar = {"labelled": ("weak",), "unlabelled": ("weak", "strong")}
     target_views: ClassVar = {"unlabelled": (0,)}
     bank: Tensor  # (labelled images, D): their embeddings
-    classes: Tensor  # int64 (labelled images,)
+    classes: Tensor  # int64 (labelled images,); -1 before the image has come
 
     def __init__(
         self,
@@ -45,8 +47,8 @@ class SimMatch(SemiSupervised):
         self.lambda_u, self.lambda_i = lambda_u, lambda_i
         self.align = DistributionAlignment(distribution_alignment, facts)
         self.projector = mlp(backbone.num_features, backbone.num_features, embedding_size)
-        self.register_buffer("bank", F.normalize(torch.randn(facts.num_labelled, embedding_size)))
-        self.register_buffer("classes", torch.zeros(facts.num_labelled, dtype=torch.int64))
+        self.register_buffer("bank", torch.zeros(facts.num_labelled, embedding_size))
+        self.register_buffer("classes", torch.full((facts.num_labelled,), -1))
 
     def forward(self, batch: Batch) -> Loss:
         labelled, unlabelled = batch["labelled"], batch["unlabelled"]
@@ -54,22 +56,25 @@ class SimMatch(SemiSupervised):
         logits, strong = self.student.head(known).float(), self.student.head(others).float()
         embedding, embedded = (F.normalize(self.projector(features).float()) for features in (known, others))
         with torch.no_grad():
-            remember(self.classes, labelled, labelled.labels)
-            bank = self.bank.clone()
+            bank, classes = self.bank.clone(), self.classes.clamp_min(0)
+            absent = self.classes < 0  # of these nothing is known yet, so that they have no vote
+            begun = ~absent.all()
             weak = self.features_without_gradient(unlabelled.view(0))
             own = self.align(self.student.head(weak).float().softmax(dim=1))
-            likeness = (similarities(F.normalize(self.projector(weak).float()), bank) / self.temperature).softmax(dim=1)  # (mu B, M)
-            voted = torch.zeros_like(own).index_add(1, self.classes, likeness)
+            alike = similarities(F.normalize(self.projector(weak).float()), bank).masked_fill(absent, FAR)  # (mu B, M)
+            likeness = (alike / self.temperature).softmax(dim=1)
+            voted = torch.where(begun, torch.zeros_like(own).index_add(1, classes, likeness), own)
             guesses = self.smoothing * own + (1 - self.smoothing) * voted
-            targets = likeness * own[:, self.classes]
+            targets = likeness * own[:, classes]
             targets = targets / targets.sum(dim=1, keepdim=True).clamp_min(1e-12)
             used = (guesses.amax(dim=1) >= self.threshold).float()
             kept = self.bank_momentum * bank[labelled.positions] + (1 - self.bank_momentum) * embedding
             remember(self.bank, labelled, F.normalize(kept))
+            remember(self.classes, labelled, labelled.labels)
         self.guesses = Guesses(unlabelled.rows, guesses, used)
         parts = {
             "labelled": F.cross_entropy(logits, labelled.labels),
             "unlabelled": soft_label(strong, guesses, used),
-            "likeness": embedding_cross_entropy(similarities(embedded, bank), targets, self.temperature),
+            "likeness": begun * embedding_cross_entropy(similarities(embedded, bank).masked_fill(absent, FAR), targets, self.temperature),
         }
         return Loss(parts["labelled"] + self.lambda_u * parts["unlabelled"] + self.lambda_i * parts["likeness"], parts)

@@ -42,5 +42,7 @@ class SoftMatch(WeakToStrong):
 
     def judge(self, targets: Tensor, unlabelled: Sample, logits: Tensor) -> tuple[Tensor, Tensor]:
         confidence = self.align_confidence(targets).amax(dim=1)  # alignment weighs; what is learnt is the guess itself
-        mean, variance = self.confidence(confidence), self.variance(distributed.gather(confidence).var()[None])
+        everywhere = distributed.gather(confidence)
+        variance = self.variance(everywhere.var(correction=min(1, len(everywhere) - 1))[None])  # of one image 0
+        mean = self.confidence(confidence)
         return targets, truncated_gaussian(confidence, mean, variance, self.sigmas)

@@ -45,7 +45,7 @@ class VAT(SemiSupervised):
         draws = generator(self.seed, "vat", self.progress.step)
         start = distributed.drawn_for_all(len(images), lambda size: torch.randn(size, *images.shape[1:], generator=draws))
         with untouched_statistics(self.student):
-            direction = adversarial_direction(self.student, images.detach(), start.to(images.device), self.xi, self.iterations)
+            direction = adversarial_direction(images.detach(), start.to(images.device), self.student, self.xi, self.iterations)
         logits, clean, moved = self.together(labelled.view(0), images, images + self.radius * direction)
         parts = {
             "labelled": F.cross_entropy(logits, labelled.labels),

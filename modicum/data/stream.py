@@ -104,6 +104,7 @@ class Stream:
     balanced: bool = False  # whether every class, not every image, comes equally often
     _ahead: Iterator[Tensor] = field(default_factory=lambda: iter(()), init=False)
     _next: int = field(default=-1, init=False)  # the step whose images come next from `_ahead`
+    _last: Tensor = field(default_factory=lambda: torch.empty(0), init=False)  # the images of the step before that
 
     @classmethod
     def of(
@@ -129,15 +130,17 @@ class Stream:
         return send(self.pixels[send(rows, self.pixels.device) if isinstance(self.pixels, Tensor) else rows], self.device)
 
     def images(self, step: int) -> Tensor:
-        """uint8 (B, C, S, S) on the device: this rank's images of a step. Files are decoded ahead while step follows step."""
+        """uint8 (B, C, S, S) on the device: this rank's images of a step. Files are decoded ahead while step follows step, or repeats."""
         mine, order = distributed.share(self.batch_size), self.order
         if isinstance(self.pixels, Tensor):
             return self.read(order(step)[mine])
+        if step == self._next - 1:
+            return self._last
         if step != self._next:
             rows = self.rows  # not `self`: a stream that nobody holds any more must end its workers
             self._ahead = self.pixels.ahead((rows[order(later)[mine]] for later in count(step)), mine.stop - mine.start)
-        self._next = step + 1
-        return send(next(self._ahead), self.device)
+        self._next, self._last = step + 1, send(next(self._ahead), self.device)
+        return self._last
 
     def sample(self, step: int) -> Sample:
         return Sample(self, step, self.order(step))

@@ -13,6 +13,7 @@ from modicum.data.stream import Batch
 from modicum.errors import InputError
 from modicum.method import Decisions, Facts, Loss, Method, Progress, Recipe, decide_teacher
 from modicum.networks import Backbone, mlp
+from modicum.networks.norms import GroupedBatchNorm, replace_norms
 from modicum.optim import rising_to_one
 from modicum.pretrain.losses import in_batch_info_nce
 from modicum.settings import AUTO, TeacherSettings
@@ -51,6 +52,8 @@ class MoCoV3(Method):
             mlp(embedding_size, hidden_size, embedding_size, norm=True), nn.BatchNorm1d(embedding_size, affine=False)
         )
         self.teacher = Teacher(self.student, teacher)
+        if teacher.norm == "shuffle_bn":  # queries are normalised in groups from end to end
+            replace_norms(self.predictor, GroupedBatchNorm)
         self.temperature = temperature
 
     def prepare(self, batch: Batch) -> None:
@@ -64,7 +67,8 @@ class MoCoV3(Method):
         return Loss(in_batch_info_nce(q[0], k[1], offset, self.temperature) + in_batch_info_nce(q[1], k[0], offset, self.temperature))
 
     def _query(self, images: Tensor) -> Tensor:
-        return F.normalize(self.predictor(in_groups(self.student, images, self.teacher.groups)).float(), dim=1)
+        predicted = in_groups(nn.Sequential(self.student, self.predictor), images, self.teacher.groups)
+        return F.normalize(predicted.float(), dim=1)
 
     def after_step(self, progress: Progress) -> None:
         self.teacher.update(self.student, rising_to_one(self.teacher.momentum, progress.fraction))
