@@ -1,5 +1,6 @@
 """`modicum predict`: a class and a confidence for every image of a folder."""
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,8 +30,13 @@ def predict(classifier_folder: Path, images_dir: Path, out: Path, hardware: Hard
     """
     if out.exists() and not force:
         raise InputError(f"{out} is there already; give another --out, or --force to overwrite it.")
-    if not out.absolute().parent.is_dir():
+    out = out.resolve()  # a link stays one, and leads to the new table
+    if out.exists() and not out.is_file():
+        raise InputError(f"--out {out} is no file that could be overwritten; give another.")
+    if not out.parent.is_dir():
         raise InputError(f"The folder of --out {out} does not exist; create it first.")
+    if not os.access(out.parent, os.W_OK):
+        raise InputError(f"The folder of --out {out} cannot be written to; give another --out.")
     if not images_dir.is_dir():
         raise InputError(f"{images_dir} is no folder of images.")
     classifier, preprocessing, class_names = load_classifier(classifier_folder)

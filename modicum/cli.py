@@ -25,6 +25,9 @@ from modicum.session import dry_run as plan
 from modicum.settings import Experiment
 from modicum.signals import preempt
 
+# What the paths of a command, or who may use them, can be wrong in.
+UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ELOOP}
+
 app = typer.Typer(
     help="Unlabelled images and a modicum of labels in; an accurate classifier, a reusable backbone and an honest report out.",
     no_args_is_help=True,
@@ -81,6 +84,8 @@ def _ending(error: BaseException) -> tuple[int | None, str]:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" at {error.filename}" if error.filename else ""
         return 1, f"The disk is full{where}. Nothing saved is lost: make room, and the same command goes on from the last saved state."
+    if isinstance(error, OSError) and error.filename and error.errno in UNUSABLE:
+        return InputError.exit_status, f"{error.filename} cannot be used: {error.strerror}."
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # raised by torch's signal handler, anywhere
         why = "most likely for want of memory, or of shared memory (/dev/shm)"
         return 1, f"A process that decodes images was lost, {why}: {error} The same command goes on from the last saved state."

@@ -1,5 +1,6 @@
 """What an experiment names outside its config: backbones to start from, a classifier that teaches."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from modicum.errors import InputError
@@ -22,6 +23,24 @@ def named_inputs(experiment: Experiment) -> tuple[Experiment, dict[str, str]]:
         experiment = with_setting(experiment, "finetune", method={**method, "teacher_from": str(path)})
         inputs["finetune.method.teacher_from"] = content_hash(path)
     return experiment, inputs
+
+
+def refuse_clearing(experiment: Experiment, folders: Iterable[Path]) -> None:
+    """Raises InputError where the experiment would read what lies in one of `folders`, which are to be cleared."""
+    method, data = experiment.finetune.method, experiment.data
+    named = {
+        "data.root": data.root,
+        "data.labels": data.labels,
+        "pretrain.init": experiment.pretrain.init,
+        "finetune.init": experiment.finetune.init,
+        "finetune.method.teacher_from": method.get("teacher_from"),
+    }
+    for folder in folders:
+        for key, path in named.items():
+            if path in (None, "pretrain", "random"):
+                continue
+            if Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
+                raise InputError(f"{key} = {path} lies in {folder}, which this command would clear: choose another folder by --run.")
 
 
 def with_setting(experiment: Experiment, section: str, **values: object) -> Experiment:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ from modicum.settings import HARMLESS
 STAGES = ("pretrain", "finetune", "evaluate")
 LOCK = ".lock"
 MISSING = "(not there)"
+RESULTS = {"pretrain": "backbone/model.safetensors", "finetune": "classifier/model.safetensors", "evaluate": "results.json"}
 
 
 def chain(init: str) -> tuple[str, ...]:
@@ -57,6 +58,11 @@ class Change:
         if self.key.startswith("inputs."):
             return f"the content of {self.key.removeprefix('inputs.')} has changed"
         return f"{self.key}: {_shown(self.old)} -> {_shown(self.new)}"
+
+
+def in_words(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _shown(value: Any) -> str:
@@ -123,8 +129,10 @@ class RunFolder:
                 ) from None
             os.truncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-            for leftover in self.path.rglob(".*.tmp"):  # of a process killed in the middle of a write
-                leftover.unlink()
+            for leftover in list(self.path.rglob(".*.tmp")):  # of a process killed in the middle of a write, or of clearing
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                leftover.unlink(missing_ok=True)
             yield
         finally:
             os.close(descriptor)
@@ -148,7 +156,7 @@ class RunFolder:
 
     def begun(self, stage: str) -> bool:
         """Whether the stage, or a run inside it, has left a state to resume from or a result."""
-        return any(entry.name in {"state.pt", "done.json"} for entry in self.stage(stage).rglob("*.*"))
+        return any(entry.name in {"state.pt", "done.json", "model.safetensors"} for entry in self.stage(stage).rglob("*.*"))
 
     def changes(self, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> list[Change]:
         """What differs from experiment.yaml, harmless settings apart. Empty where there is no experiment.yaml."""
@@ -166,8 +174,29 @@ class RunFolder:
             if (before := old.get(key, MISSING)) != (after := new.get(key, MISSING)) and key not in HARMLESS
         ]
 
+    def stages_to_clear(self, changes: Sequence[Change], *, force: bool, again: str | None) -> list[str]:
+        """The stages whose results must go before the run: from `again` on, and with `force` those that depend on what has changed.
+
+        What a stage left that has not begun, such as tables of its first minute, goes with any change. Raises InputError that lists the
+        changes where a begun stage depends on them and neither wish was said.
+        """
+        clearing = set(STAGES[STAGES.index(again) :]) if again else set()
+        refused = [change for change in changes if set(change.stages) - clearing]
+        if refused and not force:
+            listed = "".join(f"\n  {change}" for change in refused)
+            begun = sorted({stage for change in refused for stage in change.stages}, key=STAGES.index)
+            raise InputError(
+                f"The run folder {self} belongs to other settings:{listed}\n"
+                f"Choose another folder by --run, or clear {in_words(begun)} there and run them again by --force."
+            )
+        left = [stage for stage in STAGES if changes and self.stage(stage).is_dir() and not self.begun(stage)]
+        return sorted(clearing.union(left, *(change.stages for change in refused)), key=STAGES.index)
+
     def clear(self, stages: Iterable[str]) -> list[str]:
-        """Deletes what the stages made and returns their names; last stage first, so that a kill leaves no result without its ground."""
+        """Deletes what the stages made and returns their names; last stage first, so that a kill leaves no result without its ground.
+
+        Each goes out of sight as a whole before it is deleted, so that a kill leaves no half of it either.
+        """
         cleared = []
         for stage in sorted(stages, key=STAGES.index, reverse=True):
             if stage == "evaluate":
@@ -175,8 +204,9 @@ class RunFolder:
                 self.report.with_suffix(".md").unlink(missing_ok=True)
             folder = self.stage(stage)
             if folder.is_dir():
-                (folder / "done.json").unlink(missing_ok=True)
-                shutil.rmtree(folder)
+                hidden = folder.with_name(f".{stage}.tmp")  # which the next lock would sweep
+                folder.replace(hidden)
+                shutil.rmtree(hidden)
                 cleared.append(stage)
         return cleared[::-1]
 
@@ -205,5 +235,12 @@ class RunFolder:
         return [earlier for earlier in stages if STAGES.index(earlier) < STAGES.index(stage) and self._done(earlier)]
 
     def _done(self, stage: str) -> dict[str, Any] | None:
-        path = self.stage(stage) / "done.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        """What done.json says, or None where it cannot be read, or what the stage made is gone."""
+        folder = self.stage(stage)
+        if not (folder / RESULTS[stage]).is_file():
+            return None
+        try:
+            done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
+            return {key: done[key] for key in ("fingerprint", "after")}
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            return None

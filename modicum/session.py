@@ -13,10 +13,10 @@ from modicum.config import flatten, load_experiment
 from modicum.console_log import ConsoleLog
 from modicum.data.fingerprint import input_fingerprint
 from modicum.errors import InputError
-from modicum.inputs import named_inputs, with_setting
+from modicum.inputs import named_inputs, refuse_clearing, with_setting
 from modicum.provenance import provenance
 from modicum.record import is_rank_zero, say, standard_output
-from modicum.run_folder import STAGES, Change, RunFolder, chain, depends
+from modicum.run_folder import STAGES, Change, RunFolder, chain, depends, in_words
 from modicum.settings import Experiment
 
 if TYPE_CHECKING:
@@ -97,8 +97,8 @@ class Prepared:
         return self.experiment.model_dump(mode="json")
 
 
-def prepare(request: Request) -> Prepared:
-    """Loads the images, decides every `auto`, draws the labels. Raises InputError for whatever cannot be."""
+def prepare(request: Request, stages: Iterable[str] = ()) -> Prepared:
+    """Loads the images, decides every `auto`, draws the labels for `stages`. Raises InputError for whatever cannot be."""
     from modicum.data.sources import load_images
     from modicum.data.splits import make_splits
     from modicum.hardware import choose_hardware
@@ -107,24 +107,20 @@ def prepare(request: Request) -> Prepared:
     images = load_images(request.experiment.data)
     experiment, reasons = resolve(request.experiment, images)
     splits = make_splits(images, experiment.finetune, experiment.evaluate.cross_validate)
+    if "finetune" in stages and not (splits["split"] == "labelled").any():
+        raise InputError(
+            f"No training image of {images.name} carries a label, which stage two needs: name them by data.labels or by sub-folders, or "
+            "run `modicum pretrain` alone."
+        )
     return Prepared(images, experiment, reasons, splits, choose_hardware(experiment))
 
 
-def stages_to_clear(request: Request, changes: list[Change], *, force: bool, again: str | None) -> list[str]:
-    """The stages whose results must go before the run: from `again` on, and with `force` those that depend on what has changed.
-
-    Raises InputError that lists the changes where a begun stage depends on them and neither wish was said.
-    """
-    clearing = set(STAGES[STAGES.index(again) :]) if again else set()
-    refused = [change for change in changes if set(change.stages) - clearing]
-    if refused and not force:
-        listed = "".join(f"\n  {change}" for change in refused)
-        begun = sorted({stage for change in refused for stage in change.stages}, key=STAGES.index)
-        raise InputError(
-            f"The run folder {request.folder} belongs to other settings:{listed}\n"
-            f"Choose another folder by --run, or clear {_words(begun)} there and run them again by --force."
-        )
-    return sorted(clearing.union(*(change.stages for change in refused)), key=STAGES.index)
+def _to_clear(request: Request, prepared: Prepared, *, force: bool, again: str | None) -> tuple[list[Change], list[str]]:
+    """What has changed, and the stages whose results must go for it. Raises InputError where they may not."""
+    changes = request.folder.changes(prepared.settings, request.inputs)
+    clearing = request.folder.stages_to_clear(changes, force=force, again=again)
+    refuse_clearing(request.experiment, map(request.folder.stage, clearing))
+    return changes, clearing
 
 
 def _refuse_missing_stage(request: Request, again: str | None) -> None:
@@ -133,11 +129,13 @@ def _refuse_missing_stage(request: Request, again: str | None) -> None:
 
 
 @contextmanager
-def open_session(request: Request, *, force: bool = False, again: str | None = None, quiet: bool = False) -> Iterator[Session]:
+def open_session(
+    request: Request, stages: Iterable[str] = (), *, force: bool = False, again: str | None = None, quiet: bool = False
+) -> Iterator[Session]:
     """Locks the folder, prepares the session, writes experiment.yaml and splits.csv; all bad input is refused before the folder is made.
 
-    `again` names the first stage to run again; `quiet` leaves only progress bars on the console. Under torchrun every rank
-    opens the session, and the first one alone touches the folder.
+    `stages` are to be run; `again` names the first stage to run again; `quiet` leaves only progress bars on the console. Under torchrun
+    every rank opens the session, and the first one alone touches the folder.
     """
     from modicum import distributed
 
@@ -148,11 +146,10 @@ def open_session(request: Request, *, force: bool = False, again: str | None = N
         existed = folder.exists()
         if existed:
             held.enter_context(folder.lock())
-        prepared = prepare(request)
+        prepared = prepare(request, stages)
         if not existed:
             held.enter_context(folder.lock())
-        changes = folder.changes(prepared.settings, request.inputs)
-        clearing = stages_to_clear(request, changes, force=force, again=again)
+        changes, clearing = _to_clear(request, prepared, force=force, again=again)
         held.callback(distributed.stop)
         distributed.start(prepared.hardware.device)
         distributed.barrier()  # until every rank has found nothing to refuse
@@ -179,7 +176,7 @@ def _write_settings(request: Request, prepared: Prepared, changes: list[Change],
     fresh = folder.recorded() is None
     cleared = folder.clear(clearing)
     if cleared:
-        say(f"Cleared {_words(cleared)} of {folder}.")
+        say(f"Cleared {in_words(cleared)} of {folder}.")
     if fresh or changes:
         folder.record(prepared.settings, {"config": request.name, **provenance(), "inputs": request.inputs})
         for line in summary(prepared):
@@ -240,7 +237,7 @@ def run_stages(request: Request, stages: Iterable[str], *, force: bool = False, 
     stages = tuple(stages)
     if again is None and all(request.done(stage) for stage in stages):
         return False
-    with open_session(request, force=force, again=again, quiet=quiet) as session:
+    with open_session(request, stages, force=force, again=again, quiet=quiet) as session:
         for stage in stages:
             run_stage(session, stage)
     return True
@@ -251,9 +248,8 @@ def dry_run(request: Request, stages: Iterable[str], *, force: bool = False, aga
     _refuse_missing_stage(request, again)
     folder = request.folder
     folder.exists()
-    prepared = prepare(request)
-    changes = folder.changes(prepared.settings, request.inputs)
-    clearing = stages_to_clear(request, changes, force=force, again=again)
+    prepared = prepare(request, stages)
+    changes, clearing = _to_clear(request, prepared, force=force, again=again)
     yield f"Run folder: {folder}"
     for stage in stages:
         if stage in clearing and folder.stage(stage).is_dir():
@@ -276,14 +272,7 @@ def show_results(folder: RunFolder) -> None:
     if not is_rank_zero():
         return
     path = folder.stage("evaluate") / "results.json"
-    if not path.is_file():
-        raise InputError(f"{path} is missing although the stage is done: run it again by --from evaluate.")
     table = importlib.import_module("modicum.evaluate.table").results_table(json.loads(path.read_text(encoding="utf-8")))
     output = standard_output()
     output.print(table)
     output.print(f"Report: {folder.report}", markup=False)
-
-
-def _words(names: Iterable[str]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last

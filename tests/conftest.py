@@ -21,7 +21,7 @@ from modicum.data.sources import load_images
 from modicum.data.splits import make_splits
 from modicum.hardware import Hardware
 from modicum.resolve import resolve
-from modicum.run_folder import STAGES, RunFolder
+from modicum.run_folder import RESULTS, STAGES, RunFolder
 
 SHORT = ("finetune.steps=3", "finetune.warmup_steps=0", "finetune.batch_size=8", "finetune.mu=2")
 ACCURACY = {0: 0.9, 1: 0.8, 2: 0.7}  # of the seed
@@ -40,12 +40,13 @@ class House:
             self.calls.append(name)
             (run.folder.stage(name) / "state.pt").write_text("a state")
             self.act.get(name, lambda _: None)(run)
-            if name == "pretrain":
-                (run.folder.stage(name) / "backbone").mkdir()
-                (run.folder.stage(name) / "backbone" / "model.safetensors").write_text(f"weights of seed {run.experiment.seed}")
+            result = run.folder.stage(name) / RESULTS[name]
             if name == "evaluate":
-                write_results_of(run.folder.stage(name) / "results.json", ACCURACY[run.experiment.seed])
+                write_results_of(result, ACCURACY[run.experiment.seed])
                 run.folder.report.write_text("<html>")
+            else:
+                result.parent.mkdir(exist_ok=True)
+                result.write_text(f"weights of seed {run.experiment.seed}")
 
         return run
 

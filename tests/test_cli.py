@@ -55,6 +55,7 @@ def test_usage_errors_end_with_2(modicum: Command) -> None:
         (Preempted("Stopped after step 3."), 75, "Stopped after step 3."),
         (KeyboardInterrupt(), 130, "goes on from the last saved state"),
         (OSError(28, "No space left on device", "state.pt"), 1, "The disk is full at state.pt."),
+        (PermissionError(13, "Permission denied", "labels.csv"), 2, "labels.csv cannot be used: Permission denied."),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 1, "A process that decodes images was lost"),
     ],
 )

@@ -212,6 +212,24 @@ def test_predict_overwrites_only_when_forced(tmp_path, classifier_folder):
     assert "a/0.png" in (tmp_path / "out.csv").read_text()
 
 
+def test_predict_writes_where_a_link_leads(tmp_path, classifier_folder):
+    write_images(tmp_path / "images", 1)
+    (tmp_path / "there.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to("there.csv")
+    predict(classifier_folder, tmp_path / "images", tmp_path / "link.csv", CPU, force=True)
+    assert (tmp_path / "link.csv").is_symlink()
+    assert "a/0.png" in (tmp_path / "there.csv").read_text()
+
+
+def test_predict_refuses_first_what_it_could_not_write(tmp_path, classifier_folder, monkeypatch):
+    monkeypatch.setattr("modicum.evaluate.predict.load_classifier", lambda folder: pytest.fail("began"))
+    with pytest.raises(InputError, match="no file that could be overwritten"):
+        predict(classifier_folder, tmp_path, tmp_path, CPU, force=True)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(InputError, match="cannot be written to"):
+        predict(classifier_folder, tmp_path, tmp_path / "out.csv", CPU)
+
+
 def test_predict_refuses_what_is_no_folder(tmp_path, classifier_folder):
     with pytest.raises(InputError, match="no folder of images"):
         predict(classifier_folder, tmp_path / "nowhere", tmp_path / "out.csv", CPU)

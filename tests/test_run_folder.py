@@ -1,5 +1,6 @@
 """A run folder belongs to one experiment and one process, and nothing in it is lost or overwritten unasked."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 import modicum as package
 from modicum.errors import InputError
-from modicum.run_folder import RunFolder, depends
+from modicum.run_folder import RESULTS, RunFolder, depends
 
 CHECKOUT = Path(package.__file__).parent.parent
 
@@ -65,6 +66,22 @@ def test_half_written_files_of_a_killed_process_are_swept(folder: RunFolder) -> 
         assert (folder.path / "notes.tmp").exists()
 
 
+def test_a_kill_while_clearing_leaves_no_half_of_a_stage(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = folder.stage("pretrain") / "backbone"
+    backbone.mkdir(parents=True)
+    (backbone / "model.safetensors").write_text("weights")
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(shutil, "rmtree", interrupt)
+        folder.clear(["pretrain"])
+    assert not folder.stage("pretrain").exists()
+    with folder.lock():
+        assert [entry.name for entry in folder.path.iterdir()] == [".lock"]
+
+
+def interrupt(folder: Path) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(InputError, match=r"no run folder: it holds 'letter.txt'"):
@@ -96,9 +113,28 @@ def test_what_depends_on_a_setting(key: str, init: str, stages: str) -> None:
     assert [stage for stage in ("pretrain", "finetune", "evaluate") if depends(stage, key, init)] == stages.split()
 
 
-def test_done_means_these_settings_and_the_stages_before(folder: RunFolder) -> None:
+def make_results(folder: RunFolder) -> None:
     for stage in ("finetune", "evaluate"):
-        folder.stage(stage).mkdir(parents=True)
+        result = folder.stage(stage) / RESULTS[stage]
+        result.parent.mkdir(parents=True)
+        result.touch()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"fingerprint": "settings"}', '{"fing'])
+def test_a_stage_whose_word_or_result_is_gone_is_not_done(folder: RunFolder, content: str) -> None:
+    make_results(folder)
+    folder.mark_done("finetune", "settings")
+    whole = (folder.stage("finetune") / "done.json").read_text()
+    (folder.stage("finetune") / "done.json").write_text(content)
+    assert not folder.done("finetune", "settings")
+    (folder.stage("finetune") / "done.json").write_text(whole)
+    assert folder.done("finetune", "settings")
+    (folder.stage("finetune") / RESULTS["finetune"]).unlink()
+    assert not folder.done("finetune", "settings")
+
+
+def test_done_means_these_settings_and_the_stages_before(folder: RunFolder) -> None:
+    make_results(folder)
     assert not folder.finished("evaluate")
     folder.mark_done("evaluate", "settings")
     assert folder.done("evaluate", "settings")

@@ -114,6 +114,64 @@ def test_a_baseline_that_has_begun_counts(house: Any, modicum: Command) -> None:
     assert modicum("run", "digits", "finetune.steps=5") == 2
 
 
+def test_a_classifier_without_a_state_counts(house: Any, modicum: Command) -> None:
+    """A method that takes no step leaves one before the run's baselines begin."""
+
+    def stop_after_the_first(run: Any) -> None:
+        (run.folder.stage("finetune") / "state.pt").unlink()
+        (run.folder.stage("finetune") / "classifier").mkdir()
+        (run.folder.stage("finetune") / "classifier" / "model.safetensors").touch()
+        raise Interrupted
+
+    house.act["finetune"] = stop_after_the_first
+    assert modicum("run", "digits") == 130
+    assert modicum("run", "digits", "finetune.labels=100") == 2
+
+
+def test_what_a_stage_left_before_it_began_goes_with_a_change(house: Any, modicum: Command) -> None:
+    def stop_early(run: Any) -> None:
+        (run.folder.stage("pretrain") / "state.pt").unlink()
+        (run.folder.stage("pretrain") / "collapse.json").touch()
+        raise Interrupted
+
+    house.act["pretrain"] = stop_early
+    assert modicum("run", "digits") == 130
+    house.act.clear()
+    assert modicum("run", "digits", "pretrain.epochs=7") == 0
+    assert not Path("runs/digits/pretrain/collapse.json").exists()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_nothing_is_cleared_that_the_run_would_start_from(
+    stage: str, house: Any, modicum: Command, capfd: pytest.CaptureFixture[str]
+) -> None:
+    modicum("run", "digits")
+    inside = f"runs/digits/{stage}/{'backbone' if stage == 'pretrain' else 'classifier'}"
+    assert modicum(stage, "digits", "--init", inside, "--force") == 2
+    assert f"lies in runs/digits/{stage}, which this command would clear" in capfd.readouterr().err
+    assert (Path(inside) / "model.safetensors").is_file()
+    assert Path("runs/digits/report.html").is_file()
+
+
+def test_a_stage_whose_result_is_gone_runs_again(house: Any, modicum: Command) -> None:
+    modicum("run", "digits")
+    house.calls.clear()
+    Path("runs/digits/finetune/classifier/model.safetensors").unlink()
+    assert modicum("run", "digits") == 0
+    assert house.calls == ["finetune"]
+
+
+def test_a_chain_without_labels_is_refused_before_it_begins(
+    house: Any, modicum: Command, names: Names, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    draw = sys.modules["modicum.data.splits"].make_splits
+    monkeypatch.setattr(sys.modules["modicum.data.splits"], "make_splits", lambda *given: draw(*given).replace("labelled", "unlabelled"))
+    assert modicum("run", "digits") == modicum("run", "digits", "--dry-run") == 2
+    assert capfd.readouterr().err.count("No training image of digits carries a label") == 2
+    assert names(".") == []
+    assert modicum("pretrain", "digits") == 0
+
+
 def test_changed_images_are_noticed(house: Any, modicum: Command, capfd: pytest.CaptureFixture[str]) -> None:
     modicum("run", "digits")
     house.fingerprint = "other images"
