@@ -96,7 +96,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # what is given may be another tensor's gradient, too
         dist.all_reduce(gradient)  # every rank's loss depends on every rank's rows
         return gradient.chunk(world_size())[rank()]
 

@@ -251,9 +251,11 @@ def test_of_all_buffers_norm_statistics_alone_are_those_of_rank_0_at_the_next_st
 def gather_worker(rank: int, folder: str) -> None:
     join(rank, folder)
     rows = (torch.arange(6.0).reshape(2, 3) + 10 * rank).requires_grad_()
+    own = torch.zeros(2 * RANKS, 3, requires_grad=True)
+    twice = own + own  # before the gathering, so that its gradient comes after
     everyone = distributed.gather(rows)
-    (everyone.square().sum() * (rank + 1)).backward()  # the loss of each rank reads the rows of all
-    torch.save((everyone.detach(), rows.grad), f"{folder}/{rank}.pt")
+    ((everyone + twice).square().sum() * (rank + 1)).backward()  # the loss of each rank reads the rows of all
+    torch.save((everyone.detach(), rows.grad, own.grad), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -262,8 +264,9 @@ def test_gather_keeps_rank_order_and_its_gradient_is_the_sum_over_ranks(tmp_path
     multiprocessing.spawn(gather_worker, (str(tmp_path),), nprocs=RANKS)
     first = torch.arange(6.0).reshape(2, 3)
     for rank in range(RANKS):
-        everyone, gradient = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        everyone, gradient, own = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert torch.equal(everyone, torch.cat([first, first + 10]))
+        assert torch.equal(own, 4 * (rank + 1) * everyone)  # what is not gathered keeps this rank's
         assert torch.equal(gradient, 3 * 2 * (first + 10 * rank))
 
 
