@@ -2,12 +2,20 @@
 
 import io
 import json
+import struct
+import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import timm
 import torch
-from safetensors.torch import load, load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from modicum import __version__
@@ -19,6 +27,11 @@ from modicum.settings import DataSettings
 
 WEIGHTS = "model.safetensors"
 PROJECTOR = "projector.safetensors"  # beside the backbone's, so that timm reads those as ever
+# What torch, safetensors, json and timm raise, by turns, over a file that is damaged or is something else.
+UNREADABLE = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SafetensorError, TypeError,
+    UnpicklingError, ValueError, struct.error,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,10 +58,33 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 def load_state(path: Path) -> dict[str, Any]:
     """The state written by `save_state`, on the CPU. Raises InputError naming the file where it cannot be read."""
-    try:
+    return load_checkpoint(path, f"The state {path} cannot be read", "; delete it to start this stage anew")
+
+
+def load_checkpoint(path: Path, problem: str, advice: str = "") -> Any:
+    """What `torch.save` wrote of tensors and plain values, on the CPU. Raises InputError of `problem`, why, and `advice`."""
+    # torch's own reasons are of no help, and it warns of pickles that are not its own, which it then refuses.
+    with refusing(problem, advice, "it is damaged, or holds more than tensors and plain values"), warnings.catch_warnings(action="ignore"):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise InputError(f"The state {path} cannot be read ({error}); delete it to start this stage anew.") from None
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises InputError."""
+    with refusing(f"{path} cannot be read as a safetensors file"):
+        return load(path.read_bytes())
+
+
+@contextmanager
+def refusing(problem: str, advice: str = "", reason: str = "") -> Iterator[None]:
+    """Makes whatever a damaged or foreign file raises an InputError of `problem`, `reason` or the library's own, and `advice`."""
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except UNREADABLE as error:
+        missing = f"there is no {error}" if isinstance(error, KeyError) else ""
+        told = (error.strerror if isinstance(error, OSError) else "") or reason or missing or str(error) or "it is damaged"
+        raise InputError(f"{problem}: {textwrap.shorten(told, 200, placeholder=' ...').rstrip('.')}{advice}.") from error
 
 
 def save_backbone(folder: Path, backbone: Backbone, preprocessing: Preprocessing, projector: nn.Sequential | None = None) -> None:
@@ -65,11 +101,12 @@ def load_projector(folder: Path) -> nn.Sequential:
     """The first layer of the projector that `save_backbone` wrote beside the backbone. Raises InputError."""
     if not (folder / PROJECTOR).is_file():
         raise InputError(f"{folder} has no {PROJECTOR}, so finetune.projector_layers must be 0: pretrain.method simclr_v2 writes one.")
-    state = load_file(folder / PROJECTOR)
-    width, num_inputs = state["0.weight"].shape
-    layer = kept_layer(num_inputs, width)
-    fill(layer, state, folder / PROJECTOR)
-    return layer
+    state = load_weights(folder / PROJECTOR)
+    with refusing(f"{folder / PROJECTOR} cannot be read as a projector"):
+        width, num_inputs = state["0.weight"].shape
+        layer = kept_layer(num_inputs, width)
+        fill(layer, state, folder / PROJECTOR)
+        return layer
 
 
 def save_classifier(folder: Path, classifier: Classifier, preprocessing: Preprocessing, class_names: tuple[str, ...]) -> None:
@@ -81,27 +118,31 @@ def save_classifier(folder: Path, classifier: Classifier, preprocessing: Preproc
 
 def load_backbone(folder: Path) -> tuple[Backbone, Preprocessing]:
     """The backbone of a folder written by `save_backbone` or `save_classifier`, in evaluation mode. Raises InputError."""
-    config, state = _read_network(folder)
-    architecture = _architecture(config)
-    backbone = Backbone(architecture)
-    if config["num_classes"]:
-        head = classifier_layer(architecture, config["num_classes"])
-        state = {name: value for name, value in state.items() if not name.startswith(f"{head}.")}
-    fill(backbone.network, state, folder)
-    return backbone.eval(), _preprocessing(config)
+    with refusing(f"{folder} cannot be read as a backbone"):
+        config, state = _read_network(folder)
+        architecture = _architecture(config)
+        backbone = Backbone(architecture)
+        if config["num_classes"]:
+            head = classifier_layer(architecture, config["num_classes"])
+            state = {name: value for name, value in state.items() if not name.startswith(f"{head}.")}
+        fill(backbone.network, state, folder)
+        return backbone.eval(), _preprocessing(config)
 
 
 def load_classifier(folder: Path) -> tuple[Classifier, Preprocessing, tuple[str, ...]]:
     """The classifier of a folder written by `save_classifier`, in evaluation mode, and the names of its classes. Raises InputError."""
-    config, state = _read_network(folder)
-    if not config["num_classes"]:
-        raise InputError(f"{folder} holds a backbone without a classifier; give a folder such as RUN/finetune/classifier.")
-    architecture = _architecture(config)
-    classifier = Classifier(Backbone(architecture), config["num_classes"])
-    head = f"{classifier_layer(architecture, config['num_classes'])}."
-    fill(classifier.head, {name.removeprefix(head): value for name, value in state.items() if name.startswith(head)}, folder)
-    fill(classifier.backbone.network, {name: value for name, value in state.items() if not name.startswith(head)}, folder)
-    return classifier.eval(), _preprocessing(config), tuple(config["label_names"])
+    with refusing(f"{folder} cannot be read as a classifier"):
+        config, state = _read_network(folder)
+        if not config["num_classes"]:
+            raise InputError(f"{folder} holds a backbone without a classifier; give a folder such as RUN/finetune/classifier.")
+        architecture, class_names = _architecture(config), tuple(config["label_names"])
+        if len(class_names) != config["num_classes"]:
+            raise ValueError(f"it has {len(class_names)} label_names for num_classes = {config['num_classes']}")
+        classifier = Classifier(Backbone(architecture), len(class_names))
+        head = f"{classifier_layer(architecture, len(class_names))}."
+        fill(classifier.head, {name.removeprefix(head): value for name, value in state.items() if name.startswith(head)}, folder)
+        fill(classifier.backbone.network, {name: value for name, value in state.items() if not name.startswith(head)}, folder)
+        return classifier.eval(), _preprocessing(config), class_names
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
@@ -198,25 +239,41 @@ def _readme(architecture: Architecture, num_classes: int, preprocessing: Preproc
     )
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder that we or timm wrote. Raises InputError."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder} is no backbone folder: it has no config.json.")
+    with refusing(f"{path} cannot be read as a network's description"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it is a {type(config).__name__}, no mapping")
+        return config
+
+
 def _read_network(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    for name in ("config.json", WEIGHTS):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} is no backbone folder: it has no {name}.")
-    try:
-        return json.loads((folder / "config.json").read_text()), load((folder / WEIGHTS).read_bytes())
-    except ValueError as error:
-        raise InputError(f"{folder} cannot be read as a backbone: {error}.") from None
+    config = read_config(folder)
+    if not (folder / WEIGHTS).is_file():
+        raise InputError(f"{folder} is no backbone folder: it has no {WEIGHTS}.")
+    return config, load_weights(folder / WEIGHTS)
 
 
 def _architecture(config: dict[str, Any]) -> Architecture:
     if "modicum" in config:
-        return Architecture(**config["modicum"]["architecture"])
-    arguments = dict(config.get("model_args") or {})
-    channels, size, _ = config["pretrained_cfg"]["input_size"]
-    return Architecture(config["architecture"], arguments.pop("in_chans", channels), size, arguments)
+        architecture = Architecture(**config["modicum"]["architecture"])
+    else:
+        arguments = dict(config.get("model_args") or {})
+        channels, size, _ = config["pretrained_cfg"]["input_size"]
+        architecture = Architecture(config["architecture"], arguments.pop("in_chans", channels), size, arguments)
+    if not timm.is_model(architecture.name):  # timm would look for some at other places, such as a hub
+        raise ValueError(f"config.json names an unknown architecture {architecture.name!r}")
+    return architecture
 
 
 def _preprocessing(config: dict[str, Any]) -> Preprocessing:
     known = config["pretrained_cfg"]
     channels, size, _ = known["input_size"]
-    return Preprocessing(size, channels, tuple(known["mean"]), tuple(known["std"]))
+    mean, std = (tuple(map(float, known[name])) for name in ("mean", "std"))
+    if not len(mean) == len(std) == channels:
+        raise ValueError(f"config.json gives {len(mean)} means and {len(std)} deviations for {channels} channels")
+    return Preprocessing(int(size), int(channels), mean, std)

@@ -5,10 +5,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from modicum.checkpoint import Preprocessing, fill, load_backbone, load_classifier, load_projector, load_state
+from modicum.checkpoint import (
+    Preprocessing,
+    fill,
+    load_backbone,
+    load_checkpoint,
+    load_classifier,
+    load_projector,
+    load_weights,
+    read_config,
+    refusing,
+)
 from modicum.errors import InputError
 from modicum.networks import Backbone, create_backbone
 from modicum.networks.backbones import keep_projector, kept_layer
@@ -44,7 +53,8 @@ def initial_backbone(init: str | None, experiment: Experiment, projector_layers:
         return given
     if projector_layers:
         raise InputError(f"finetune.projector_layers = 1 needs a backbone folder that simclr_v2 wrote; {path} is a file: choose 0.")
-    fill(backbone.network, _backbone_part(_read_weights(path), backbone.network.state_dict(), path), path)
+    with refusing(f"{path} cannot be read as a checkpoint"):
+        fill(backbone.network, _backbone_part(_read_weights(path), backbone.network.state_dict(), path), path)
     return backbone
 
 
@@ -70,8 +80,7 @@ def _listed(classes: Sequence[str], most: int = 5) -> str:
 
 def _weights_in(path: Path) -> Path:
     """Of a folder that timm wrote the file with the weights, which is read as any other; a folder of ours is itself."""
-    config = path / "config.json"
-    if not config.is_file() or '"modicum"' in config.read_text(encoding="utf-8"):
+    if not (path / "config.json").is_file() or "modicum" in read_config(path):
         return path
     return next((file for file in (path / "model.safetensors", path / "pytorch_model.bin") if file.is_file()), path)
 
@@ -80,13 +89,15 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise InputError(f"There is no backbone folder or file {path} to start from.")
     if path.suffix == ".safetensors":
-        return load_file(path)
-    content = load_state(path)
-    for container in CONTAINERS:
-        if isinstance(content.get(container), dict):
-            content = content[container]
-            break
-    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+        return load_weights(path)
+    content = load_checkpoint(path, f"{path} cannot be read as a checkpoint")
+    if not isinstance(content, dict):
+        raise InputError(f"{path} cannot be read as a checkpoint: it holds a {type(content).__name__}, no tensors by name.")
+    content = next((content[name] for name in CONTAINERS if isinstance(content.get(name), dict)), content)
+    weights = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
+    if not weights:
+        raise InputError(f"{path} cannot be read as a checkpoint: it holds no tensors by name.")
+    return weights
 
 
 def _backbone_part(weights: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> dict[str, Tensor]:

@@ -50,7 +50,9 @@ class Architecture:
 
     def build(self, num_classes: int = 0) -> Any:
         """timm's network: an nn.Module with attributes of timm's own, which nn.Module does not declare."""
-        network = timm.create_model(self.name, in_chans=self.channels, num_classes=num_classes, **self.arguments)
+        # Named here, so that the arguments in a foreign config.json cannot fetch weights, or read them from elsewhere.
+        random: dict[str, Any] = {"pretrained": False, "checkpoint_path": None}
+        network = timm.create_model(self.name, in_chans=self.channels, num_classes=num_classes, **random, **self.arguments)
         apply_stem(network, self.stem)
         if self.projector:
             parent, _, name = classifier_path(network).rpartition(".")
