@@ -146,7 +146,7 @@ def load_classifier(folder: Path) -> tuple[Classifier, Preprocessing, tuple[str,
 
 
 def fill(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Loads `state` into `module`, every entry or none. Raises InputError that names what does not fit."""
+    """Loads `state` into `module`, every entry or none. Raises InputError that names what does not fit or is no finite number."""
     expected = module.state_dict()
     missing = [name for name in expected if name not in state]
     surplus = [name for name in state if name not in expected]
@@ -161,6 +161,9 @@ def fill(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
             raise InputError(
                 f"{source} does not fit this network: it {reason} {shown}. Give the architecture, stem and image size it was made with."
             )
+    for name, v in expected.items():
+        if state[name].is_complex() or not state[name].to(v.dtype).isfinite().all():
+            raise InputError(f"{source} is of no use: {name} holds complex values, or values that are not finite.")
     module.load_state_dict(state)
 
 

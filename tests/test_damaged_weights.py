@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from modicum.checkpoint import Preprocessing, load_classifier, load_projector, save_backbone, save_classifier
@@ -59,6 +59,7 @@ FILES: dict[str, Callable[[Path], object]] = {
     "tensor.pth": lambda path: torch.save(torch.zeros(3), path),
     "numbered.pth": lambda path: torch.save(dict(enumerate(WEIGHTS.values())), path),
     "without.pth": lambda path: torch.save({"epoch": 7}, path),
+    "meta.pth": lambda path: torch.save({name: value.to("meta") for name, value in WEIGHTS.items()}, path),
 }
 
 
@@ -148,6 +149,21 @@ def test_a_damaged_projector_is_named(tmp_path: Path) -> None:
     refused(tmp_path, "cannot be read as a projector: there is no '0.weight'", lambda: load_projector(tmp_path))
     cut(tmp_path / "projector.safetensors")
     refused(tmp_path, "cannot be read as a safetensors file", lambda: load_projector(tmp_path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e300, 1j])
+def test_weights_that_are_no_finite_numbers_are_refused(tmp_path: Path, value: complex) -> None:
+    spoilt = {"layer1.0.bn1.running_var", "layer2.0.conv1.weight"}  # the first is named
+    kind = torch.complex64 if isinstance(value, complex) else torch.float64
+    state = {name: torch.full(v.shape, value, dtype=kind) if name in spoilt else v for name, v in WEIGHTS.items()}
+    torch.save({"state_dict": state}, tmp_path / "their.pth")
+    sentence = r"layer1\.0\.bn1\.running_var holds complex values, or values that are not finite"
+    refused(tmp_path / "their.pth", sentence, lambda: initial_backbone(str(tmp_path / "their.pth"), EXPERIMENT))
+    folder = tmp_path / "classifier"
+    save_classifier(folder, Classifier(BACKBONE, 3), PREPROCESSING, ("a", "b", "c"))
+    save_file(load_file(folder / "model.safetensors") | {name: state[name] for name in spoilt}, folder / "model.safetensors")
+    refused(folder, sentence, lambda: load_classifier(folder))
+    refused(folder, sentence, lambda: initial_backbone(str(folder), EXPERIMENT))
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
