@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modicum import distributed
-from modicum.checkpoint import load_state, save_state
+from modicum.checkpoint import load_state, refusing, save_state
 from modicum.compilation import compile_backbones, earns_compilation
 from modicum.data.stream import Batch
 from modicum.errors import InputError, Preempted
@@ -135,11 +135,12 @@ class Training:
         if not self.state_path.is_file():
             return 0
         state = load_state(self.state_path)
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.hardware = replace(self.hardware, **state["hardware"])  # they move the last bits
-        totals.sums = {name: value.to(self.hardware.device) for name, value in state["totals"].items()}
-        return int(state["step"])
+        with refusing(f"The state {self.state_path} does not fit this method", "; delete it to start this stage anew"):
+            self.method.load_state_dict(state["method"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.hardware = replace(self.hardware, **state["hardware"])  # they move the last bits
+            totals.sums = {name: value.to(self.hardware.device) for name, value in state["totals"].items()}
+            return int(state["step"])
 
     def _compile(self, start: int) -> None:
         """Settles whether backbones are compiled, which a step for nothing shows: the state is then as it was."""
@@ -175,9 +176,9 @@ class Training:
             return
         spoilt = [name for name, value in self.method.state_dict().items() if not torch.isfinite(value).all()]
         if finite_share == 0 or spoilt:
+            kept = f"; the state before it stands in {self.state_path}" if self.state_path.is_file() else ""
             raise InputError(
-                f"The loss of {self.title} is no longer finite at step {step}; the state before it stands in {self.state_path}. "
-                "Lower the learning rate, or set precision=fp32."
+                f"The loss of {self.title} is no longer finite at step {step}{kept}. Lower the learning rate, or set precision=fp32."
             )
         warn(f"{1 - finite_share:.0%} of the last steps up to {step} had no finite gradient and were left out.")
 

@@ -164,15 +164,36 @@ def test_a_step_without_finite_gradient_is_left_out_and_told(tmp_path: Path, cap
     assert all(torch.isfinite(parameter).all() for parameter in run.method.parameters())
 
 
-def test_a_run_that_diverged_stops_with_advice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_run_that_diverged_stops_with_advice(tmp_path: Path, saved: bool) -> None:
     run = training(tmp_path)
     run.batch = lambda step: {"x": torch.full((16, 4), float("nan"))}  # type: ignore[dict-item]
-    with pytest.raises(InputError, match="Lower the learning rate"):
+    if saved:
+        with pytest.raises(Interrupted):
+            training(tmp_path, lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 3 else None).run()
+    with pytest.raises(InputError, match="Lower the learning rate") as caught:
         run.run()
+    assert ("state.pt" in str(caught.value)) == saved  # where there is none, none is promised
 
 
-def test_a_damaged_state_is_named(tmp_path: Path) -> None:
+def other_method(path: Path) -> None:
+    torch.save({"step": 3, "method": {"student.weight": torch.zeros(2)}, "optimizer": {}, "totals": {}, "hardware": {}}, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:100]), "cannot be read"),
+        (lambda path: path.write_bytes(b""), "cannot be read"),
+        (lambda path: path.write_bytes(bytes(range(256))), "cannot be read"),
+        (lambda path: path.write_text("hello, this is text"), "cannot be read"),
+        (other_method, "does not fit this method"),
+        (lambda path: torch.save([1, 2], path), "does not fit this method"),
+        (lambda path: torch.save(torch.load(path, weights_only=True) | {"optimizer": {}}, path), "does not fit this method"),
+    ],
+)
+def test_a_damaged_state_is_named(tmp_path: Path, damage: Callable[[Path], object], sentence: str) -> None:
     training(tmp_path).run()
-    (tmp_path / "state.pt").write_bytes((tmp_path / "state.pt").read_bytes()[:100])
-    with pytest.raises(InputError, match=r"state\.pt cannot be read"):
+    damage(tmp_path / "state.pt")
+    with pytest.raises(InputError, match=rf"state\.pt {sentence}: [^\n]+; delete it to start this stage anew\.$"):
         training(tmp_path).run()
