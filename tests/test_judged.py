@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 
 from modicum.evaluate.judged import Found, Judged
@@ -66,3 +67,15 @@ def test_whatever_the_rows_depend_on_asks_anew(tmp_path: Path) -> None:
     judged(one).find("random", FEATURES, judge)  # all of them are kept
     judged(one, seed=1).find("pixels", FEATURES, judge)
     assert judge.asked == 9
+
+
+@pytest.mark.parametrize("damaged", [b'{"a": {"rows": [', b"", b"[]", b"\xff\xfe"])
+def test_what_is_damaged_is_judged_again(tmp_path: Path, damaged: bytes) -> None:
+    judge = Asking()
+    one, sibling = tmp_path / "one", tmp_path / "sibling"
+    for folder in (one, sibling):
+        (folder / "evaluate").mkdir(parents=True)
+        (folder / "evaluate" / "judged.json").write_bytes(damaged)
+    first = judged(one, sibling).find("pixels", FEATURES, judge)
+    assert judged(one, sibling).find("pixels", FEATURES, judge) == first
+    assert judge.asked == 1
