@@ -161,8 +161,8 @@ def fill(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
             raise InputError(
                 f"{source} does not fit this network: it {reason} {shown}. Give the architecture, stem and image size it was made with."
             )
-    for name, v in expected.items():
-        if state[name].is_complex() or not state[name].to(v.dtype).isfinite().all():
+    for name, like in expected.items():
+        if state[name].is_complex() or not state[name].to(like.dtype).isfinite().all():
             raise InputError(f"{source} is of no use: {name} holds complex values, or values that are not finite.")
     module.load_state_dict(state)
 

@@ -101,13 +101,13 @@ class Pace:
 
 def parameter_groups(
     modules: Iterable[tuple[nn.Module, float]], weight_decay: float, paces: Mapping[nn.Module, Pace] | None = None
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     """Groups of the trainable parameters of `modules`, each module with the factor of its learning rate; `paces` of parts of them.
 
     Biases and norm layers (parameters of at most one dimension) are neither decayed nor scaled by LARS.
     """
     own = {parameter: pace for part, pace in (paces or {}).items() for parameter in part.parameters()}
-    groups: list[dict[str, object]] = []
+    groups: list[dict[str, Any]] = []
     for module, scale in modules:
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         for pace in dict.fromkeys((Pace(), *own.values())):
@@ -118,7 +118,7 @@ def parameter_groups(
     return groups
 
 
-def groups_by_layer(network: nn.Module, scale: float, layer_decay: float, weight_decay: float) -> list[dict[str, object]]:
+def groups_by_layer(network: nn.Module, scale: float, layer_decay: float, weight_decay: float) -> list[dict[str, Any]]:
     """The same for a network of timm's, whose last layer has the factor `scale`, and each below it `layer_decay` times the next one's.
 
     What a layer is, timm says: a block of a residual network or of a transformer, the stem (arXiv:2106.08254, section 3.2).
@@ -142,7 +142,7 @@ def rising_to_one(momentum: float, progress: float) -> float:
     return 1 - (1 - momentum) * SCHEDULES["cosine"](progress)
 
 
-def build_optimizer(settings: OptimizerSettings, groups: list[dict[str, object]]) -> torch.optim.Optimizer:
+def build_optimizer(settings: OptimizerSettings, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimizer of resolved settings. LARS (arXiv:1708.03888) adapts weights, not biases and norm layers."""
     lr, momentum = float(settings.lr), float(settings.momentum)
     if settings.name == "adamw":
