@@ -83,7 +83,9 @@ def remarks(sets: Sets, found: Findings, approximate_from: int) -> list[str]:
     ]
     refitted = found.first("finetuned_cross_validated")
     if not len(sets.test):
-        probes = " The figures are those of a linear probe, cross-validated on the labels." if found.rows and not refitted else ""
+        probes = " The figures are those of a linear probe, cross-validated on the labels." if not refitted else ""
+        if not found.rows:
+            probes = " To cross-validate a linear probe, each class needs two labels or more."
         said.append(f"There are no test images, so the classifier itself is not judged.{probes}")
     if refitted:
         said.append(

@@ -122,13 +122,20 @@ def columns(results: dict[str, Any]) -> list[str]:
 
 def title(results: dict[str, Any]) -> str:
     test = results["images"]["test"]
-    judged = f"accuracy on {test:,} test images" if test else "no test images, so accuracy cross-validated on the labels"
+    without = "no test images" + (", so accuracy cross-validated on the labels" if results["rows"] else "")
+    judged = f"accuracy on {test:,} test images" if test else without
     return f"{results['dataset']}, {len(results['class_names'])} classes: {judged}"
 
 
 def caption(results: dict[str, Any]) -> list[str]:
     """What has to be said under the table, a sentence each."""
-    return [*([interval_means(results)] if results["rows"] else []), *results["notes"]]
+    return [*([interval_means(results)] if results["rows"] else []), *_certain(results), *results["notes"]]
+
+
+def _certain(results: dict[str, Any]) -> list[str]:
+    if not any(row["low"] == row["high"] for row in results["rows"]):
+        return []
+    return ["An interval without width says that every image judged was named rightly, or none; more images would show a width."]
 
 
 def interval_means(results: dict[str, Any]) -> str:

@@ -130,7 +130,8 @@ class Audit:
             self.warned.add("none")
             warn(
                 f"steps {began + 1} to {done}: no guess on an unlabelled image counted (the surest: {found['confidence'].max():.2f}), so "
-                "they taught nothing. Lower finetune.method.threshold, or start better: finetune.warm_start=propagate, longer pretraining."
+                "they taught nothing. Lower finetune.method.threshold, or start better: longer pretraining, or "
+                "finetune.warm_start=propagate where it is none."
             )
         shares = class_shares(found["guess"][used], len(self.names))
         guessed, given = effective_classes(shares), effective_classes(self.prior)

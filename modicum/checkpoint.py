@@ -5,6 +5,7 @@ import json
 import struct
 import textwrap
 import warnings
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -64,7 +65,9 @@ def load_state(path: Path) -> dict[str, Any]:
 def load_checkpoint(path: Path, problem: str, advice: str = "") -> Any:
     """What `torch.save` wrote of tensors and plain values, on the CPU. Raises InputError of `problem`, why, and `advice`."""
     # torch's own reasons are of no help, and it warns of pickles that are not its own, which it then refuses.
-    with refusing(problem, advice, "it is damaged, or holds more than tensors and plain values"), warnings.catch_warnings(action="ignore"):
+    safe = torch.serialization.safe_globals([Namespace])  # plain values, too: many projects save their command line
+    reason = "it is damaged, or holds more than tensors and plain values"
+    with refusing(problem, advice, reason), safe, warnings.catch_warnings(action="ignore"):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -4,6 +4,7 @@ import errno
 import functools
 import importlib
 import json
+import shlex
 import signal
 import sys
 import traceback
@@ -132,7 +133,8 @@ def _stage_command(stage: str, help: str) -> None:
         request = make_request(config, overrides or (), run=run, init=init, init_stage=stage)
         options = {"--init": init, "--force": force, "--debug": debug}
         _share(nproc, request, [stage], [stage, config, *(overrides or ())], options, dry=dry_run)
-        _one_stage(stage, config, request, dry_run, force)
+        start = [f"pretrain.init={init}"] if stage == "pretrain" else ["--init", init]
+        _one_stage(stage, [config, *(overrides or ()), *(start if init else ())], request, dry_run, force)
 
 
 _stage_command("pretrain", "Stage one: unlabelled images to a backbone. With --init, training starts from those weights.")
@@ -152,17 +154,19 @@ def evaluate(
 ) -> None:
     """Stage three: judge by kNN and linear probe, compare with the baselines, write the report."""
     request = make_request(config, overrides or (), run=run, init=init)
-    _one_stage("evaluate", config, request, dry_run, force)
+    _one_stage("evaluate", [config, *(overrides or ()), *(["--init", init] if init else ())], request, dry_run, force)
     if not dry_run:
         show_results(request.folder)
 
 
-def _one_stage(stage: str, config: str, request: Request, dry: bool, force: bool) -> None:
+def _one_stage(stage: str, asked: Sequence[str], request: Request, dry: bool, force: bool) -> None:
+    """`asked`: the words after `modicum run` that ask for the same."""
     if dry:
         for line in plan(request, [stage], force=force):
             print(line)
     elif not run_stages(request, [stage], force=force):
-        say(f"{stage} is done in {request.folder}; `modicum run {config} --from {stage}` runs it again.")
+        again = shlex.join(["modicum", "run", *asked, "--run", str(request.folder), "--from", stage])
+        say(f"{stage} is done in {request.folder}; `{again}` runs it again, and what follows.")
 
 
 def _share(nproc: int, request: Request, stages: Sequence[str], command: Sequence[str], options: dict[str, Any], *, dry: bool) -> None:

@@ -49,7 +49,9 @@ def initial_backbone(init: str | None, experiment: Experiment, projector_layers:
                 for name, value in vars(expected).items()
                 if getattr(given.architecture, name) != value
             ]
-            raise InputError(f"The backbone in {path} does not fit the config: it has {'; '.join(differences)}.")
+            raise InputError(
+                f"The backbone in {path} does not fit the config: it has {'; '.join(differences)}. Set backbone.* and data.* as in its run."
+            )
         return given
     if projector_layers:
         raise InputError(f"finetune.projector_layers = 1 needs a backbone folder that simclr_v2 wrote; {path} is a file: choose 0.")
@@ -96,16 +98,28 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     content = next((content[name] for name in CONTAINERS if isinstance(content.get(name), dict)), content)
     weights = {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, torch.Tensor)}
     if not weights:
-        raise InputError(f"{path} cannot be read as a checkpoint: it holds no tensors by name.")
+        raise InputError(
+            f"{path} cannot be read as a checkpoint: it holds no tensors by name. The backbone of a run lies in its pretrain/backbone."
+        )
     return weights
 
 
 def _backbone_part(weights: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """The entries that the backbone wants, under the one prefix that all of them share; heads and the like are left aside."""
+    """The entries that the backbone wants, under the one prefix that all of them share; heads and the like are left aside.
+
+    Further entries in the backbone's own parts, such as a sixth block of a layer of five, are another network's.
+    """
     first = next(iter(wanted))
     prefixes = [name.removesuffix(first) for name in weights if name.endswith(first)]
     for prefix in sorted(prefixes, key=len):
         if all(prefix + name in weights for name in wanted):
+            parts = {name.partition(".")[0] for name in wanted}
+            below = [name.removeprefix(prefix) for name in weights if name.startswith(prefix)]
+            if surplus := [name for name in below if name not in wanted and name.partition(".")[0] in parts]:
+                raise InputError(
+                    f"{path} holds another network: it has {surplus[0]} and {len(surplus) - 1} more entries that this backbone lacks. Set "
+                    "backbone.name to what it was made with."
+                )
             return {name: weights[prefix + name] for name in wanted}
     raise InputError(
         f"{path} does not hold this backbone: no prefix gives all its {len(wanted)} entries ({first}, ...). "

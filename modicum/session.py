@@ -115,11 +115,15 @@ def prepare(request: Request, stages: Iterable[str] = ()) -> Prepared:
     return Prepared(images, experiment, reasons, splits, choose_hardware(experiment))
 
 
-def _to_clear(request: Request, prepared: Prepared, *, force: bool, again: str | None) -> tuple[list[Change], list[str]]:
-    """What has changed, and the stages whose results must go for it. Raises InputError where they may not."""
+def _to_clear(
+    request: Request, prepared: Prepared, stages: Iterable[str], *, force: bool, again: str | None
+) -> tuple[list[Change], list[str]]:
+    """What has changed, and the stages whose results must go for it. Raises InputError where they may not, or `stages` lack what is
+    before them."""
     changes = request.folder.changes(prepared.settings, request.inputs)
     clearing = request.folder.stages_to_clear(changes, force=force, again=again)
     refuse_clearing(request.experiment, map(request.folder.stage, clearing))
+    _need_stages_before(request, stages, clearing)
     return changes, clearing
 
 
@@ -148,8 +152,9 @@ def open_session(
             held.enter_context(folder.lock())
         prepared = prepare(request, stages)
         if not existed:
+            _need_stages_before(request, stages, ())
             held.enter_context(folder.lock())
-        changes, clearing = _to_clear(request, prepared, force=force, again=again)
+        changes, clearing = _to_clear(request, prepared, stages, force=force, again=again)
         held.callback(distributed.stop)
         distributed.start(prepared.hardware.device)
         distributed.barrier()  # until every rank has found nothing to refuse
@@ -195,7 +200,7 @@ def summary(prepared: Prepared) -> Iterator[str]:
 
 
 def run_stage(session: Session, stage: str) -> None:
-    """Runs a stage that is not done yet; it goes on from its own state. Raises InputError where the stage before it is missing.
+    """Runs a stage that is not done yet; it goes on from its own state.
 
     All ranks train; the first one alone writes, and evaluates.
     """
@@ -210,7 +215,6 @@ def run_stage(session: Session, stage: str) -> None:
         if is_rank_zero() and not request.done(stage):  # the same settings, said in other words
             folder.mark_done(stage, request.fingerprint(stage), request.stages)
         return
-    _need_stages_before(session, stage)
     path = folder.stage(stage)
     path.mkdir(exist_ok=True)
     with session.log.writing_to(path / "console.log") if is_rank_zero() else nullcontext():
@@ -220,15 +224,13 @@ def run_stage(session: Session, stage: str) -> None:
         folder.mark_done(stage, request.fingerprint(stage), request.stages)
 
 
-def _need_stages_before(session: Session, stage: str) -> None:
-    folder, init = session.folder, session.experiment.finetune.init
-    if stage == "finetune" and init == "pretrain" and not folder.finished("pretrain"):
+def _need_stages_before(request: Request, stages: Iterable[str], clearing: Iterable[str]) -> None:
+    """Raises InputError where what the first of `stages` reads is not there, or would be cleared."""
+    folder, init, stages = request.folder, request.experiment.finetune.init, tuple(stages)
+    there = {stage for stage in request.stages if folder.finished(stage, request.stages)} - set(clearing)
+    if stages[:1] == ("finetune",) and init == "pretrain" and "pretrain" not in there:
         raise InputError(f"{folder} has no finished pretrain stage to start from: run `modicum pretrain` first, or give --init.")
-    if (
-        stage == "evaluate"
-        and init in ("pretrain", "random")
-        and not any(folder.finished(name, session.request.stages) for name in STAGES[:2])
-    ):
+    if stages[:1] == ("evaluate",) and init in ("pretrain", "random") and not there & {"pretrain", "finetune"}:
         raise InputError(f"{folder} has no finished stage to evaluate: run `modicum run`, `modicum pretrain` or `modicum finetune` first.")
 
 
@@ -249,7 +251,7 @@ def dry_run(request: Request, stages: Iterable[str], *, force: bool = False, aga
     folder = request.folder
     folder.exists()
     prepared = prepare(request, stages)
-    changes, clearing = _to_clear(request, prepared, force=force, again=again)
+    changes, clearing = _to_clear(request, prepared, stages, force=force, again=again)
     yield f"Run folder: {folder}"
     for stage in stages:
         if stage in clearing and folder.stage(stage).is_dir():

@@ -1,6 +1,7 @@
 """The command line: which commands there are and how each of them ends."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +127,17 @@ def test_one_stage_at_a_time_is_the_chain(house: Any, modicum: Command, capfd: p
     assert "All done" in captured.err
     assert modicum("pretrain", "digits") == 0
     assert "pretrain is done in runs/digits" in capfd.readouterr().err
+
+
+def test_how_to_run_a_stage_again_is_told_for_this_run(house: Any, modicum: Command, capfd: pytest.CaptureFixture[str]) -> None:
+    modicum("run", "digits")
+    house.calls.clear()
+    started = ["--init", "runs/digits/pretrain/backbone"]
+    for stage, words in (("pretrain", ["seed=1", "--run", "one run"]), ("finetune", ["--run", "two", "seed=1", *started])):
+        assert modicum(stage, "digits", *words) == modicum(stage, "digits", *words) == 0
+        command = shlex.split(capfd.readouterr().err.rpartition("`")[0].rpartition("`")[2])
+        assert modicum(*command[1:]) == 0
+    assert house.calls == ["pretrain", "pretrain", "finetune", "evaluate", "finetune", "finetune", "evaluate"]
 
 
 def test_predict(house: Any, modicum: Command, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

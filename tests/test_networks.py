@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from functools import cache
 from pathlib import Path
 
@@ -159,6 +160,21 @@ def test_a_folder_that_timm_wrote_is_a_start(tmp_path: Path, safe: bool) -> None
         assert torch.equal(value, given.state_dict()[name])
     with pytest.raises(InputError, match="does not"):
         initial_backbone(str(tmp_path), experiment())
+
+
+def test_what_other_projects_save_of_their_command_line_does_not_hide_the_weights(tmp_path: Path) -> None:
+    given = create_backbone(BackboneSettings(), 1, 16, seed=9)
+    torch.save({"model": given.network.state_dict(), "args": Namespace(lr=0.1, arch="resnet10")}, tmp_path / "their.pth")
+    assert torch.equal(initial_backbone(str(tmp_path / "their.pth"), experiment()).network.conv1.weight, given.network.conv1.weight)
+
+
+def test_a_deeper_network_of_the_same_kind_is_not_cut_to_size(tmp_path: Path) -> None:
+    """A ResNet-34 holds every entry of a ResNet-18, and other features."""
+    deeper = timm.create_model("resnet34", in_chans=1, num_classes=7)
+    torch.save(deeper.state_dict(), tmp_path / "their.pth")
+    settings = Experiment.model_validate({"backbone": {"name": "resnet18", "stem": "standard"}, "data": {"image_size": 16, "channels": 1}})
+    with pytest.raises(InputError, match=r"another network: it has layer1\.2\.conv1\.weight and 95 more"):
+        initial_backbone(str(tmp_path / "their.pth"), settings)
 
 
 def test_a_checkpoint_without_the_backbone_is_refused_with_what_it_holds(tmp_path: Path) -> None:

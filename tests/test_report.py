@@ -243,6 +243,20 @@ def test_table_says_in_plain_words_what_was_done(finished):
     assert f"{100 * results['headline']['accuracy']:.1f} %" in text
 
 
+def test_an_interval_is_no_promise_of_another_test(finished):
+    """95 % confidence of the accuracy over all images: of other samples as large as this fewer lie within it."""
+    folder, results = finished
+    low, high = (f"{100 * bound:.1f}" for bound in results["headline"]["interval"])
+    assert f"So of all images like these it names between {low} and {high} % rightly" in (folder / "report.md").read_text()
+
+
+def test_an_interval_without_width_is_told(finished):
+    _, results = finished
+    assert "without width" not in shown(results)
+    perfect = {**results["rows"][0], "top1": 1.0, "low": 1.0, "high": 1.0}
+    assert "An interval without width says" in shown({**results, "rows": [perfect, *results["rows"]]})
+
+
 def test_a_tiny_bank_votes_with_the_k_it_has_and_says_so(finished):
     _, results = finished
     small = {**results, "rows": [row for row in results["rows"] if row["k"] is None or row["labels"] == 200 or row["k"] <= 5]}
@@ -311,7 +325,8 @@ def test_without_any_label_there_are_galleries_and_no_crash(tmp_path):
     assert results["headline"]["accuracy"] is None
     page = check_page((tmp_path / "run" / "report.html").read_text())
     assert page.tags.count("img") == 4 * 4
-    shown(results)
+    assert "cross-validated on the labels" not in shown(results)
+    assert "each class needs two labels or more" in " ".join(results["notes"])
 
 
 def test_before_stage_two_the_features_are_judged_and_it_is_said(tmp_path):

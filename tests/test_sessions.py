@@ -211,12 +211,21 @@ def test_evaluation_is_made_again_once_there_is_a_classifier(house: Any, modicum
     assert house.calls == ["pretrain", "evaluate", "finetune", "evaluate"]
 
 
-def test_a_stage_needs_the_one_before(house: Any, modicum: Command, capfd: pytest.CaptureFixture[str]) -> None:
-    assert modicum("finetune", "digits") == modicum("evaluate", "digits") == 2
+def test_a_stage_needs_the_one_before(house: Any, modicum: Command, names: Names, capfd: pytest.CaptureFixture[str]) -> None:
+    for stage in ("finetune", "evaluate"):
+        assert modicum(stage, "digits", "--dry-run") == modicum(stage, "digits") == 2
+    assert names(".") == []
     error = capfd.readouterr().err
     assert "no finished pretrain stage" in error
     assert "no finished stage to evaluate" in error
     assert modicum("finetune", "digits", "finetune.init=random", "--run", "runs/fresh") == 0
+
+
+def test_a_stage_does_not_clear_the_one_before(house: Any, modicum: Command) -> None:
+    modicum("run", "digits")
+    assert modicum("finetune", "digits", "pretrain.epochs=3", "--force") == 2
+    assert Path("runs/digits/pretrain/done.json").is_file()
+    assert Path("runs/digits/report.html").is_file()
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ def headline(results: dict[str, Any]) -> list[str]:
     if low < high:
         luck = "seed" if head["labels"] == images["all_labels"] else f"draw of the {head['labels']:,} labels"
         sentences.append(
-            f"Another {images['test']:,} images like these would give between {percent(low, unit=False)} and {percent(high)} "
-            f"in 95 of 100 cases. Another {luck} moves the figure too; "
+            f"So of all images like these it names between {percent(low, unit=False)} and {percent(high)} rightly "
+            f"(a 95 % interval, which {images['test']:,} images can tell no closer). Another {luck} moves the figure too; "
             "the command “modicum sweep” shows how far."
         )
     return sentences + _refits(results)
@@ -100,8 +100,9 @@ def facts(results: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str, 
     versions = dict(results["versions"])
     commit, modified = versions.pop("commit", None), versions.pop("modified", False)
     grey = "grey" if pixels["channels"] == 1 else "colour"
+    epochs = "epoch" if one["epochs"] == 1 else "epochs"
     stage_one = {
-        "pretrain": f"{spelt(results['methods']['pretrain'])}, {one['epochs']:g} epochs, {one['batch_size']} images a step",
+        "pretrain": f"{spelt(results['methods']['pretrain'])}, {one['epochs']:g} {epochs}, {one['batch_size']} images a step",
         "random": "none: random weights",
         "backbone": f"none: the backbone {two['init']}",
     }[results["init"]]
