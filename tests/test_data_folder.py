@@ -1,6 +1,8 @@
 """The source `folder`, on real digits written to disk as PNG files."""
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -267,8 +269,11 @@ def test_a_cache_cut_short_is_made_anew(root):
     write_flat(root, 10)
     whole = load(root).pixels.clone()
     path = root / ".modicum" / caches(root / ".modicum")[0]
-    path.write_bytes(path.read_bytes()[:-100])
-    assert torch.equal(load(root).pixels, whole)
+    for damaged in (path, path.with_name(path.name.replace(".npy", ".digests.npy"))):
+        for size in (damaged.stat().st_size - 10, 0):
+            os.truncate(damaged, size)
+            assert torch.equal(load(root).pixels, whole)
+            assert damaged.stat().st_size > size
 
 
 def test_where_the_root_cannot_be_written_the_cache_lies_elsewhere(root, tmp_path):
@@ -277,6 +282,53 @@ def test_where_the_root_cannot_be_written_the_cache_lies_elsewhere(root, tmp_pat
     images = load(root)
     assert len(caches(next((tmp_path / "cache/modicum/folders").iterdir()))) == 1
     assert torch.equal(load(root).pixels, images.pixels)
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder of a user whom permissions bind; they do not bind root, who is somebody else meanwhile."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if os.getuid() == 0:
+                os.chown(folder, 65534, 65534)
+                os.seteuid(65534)
+            yield Path(folder)
+        finally:
+            os.seteuid(os.getuid())
+
+
+@pytest.mark.parametrize("settings", [{}, {"image_size": 16, "channels": 1}])
+@pytest.mark.parametrize("private", ["", ".lock", "*.json", "*.digests.npy", "*bilinear.npy"])
+def test_what_another_user_keeps_private_is_made_elsewhere(shared, monkeypatch, private, settings):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
+    write_flat(shared / "images", 5)
+    expected = load(shared / "images", **settings).pixels.clone()
+    theirs = shared / "images/.modicum"
+    if private == ".lock":  # which matters where there is something to be made
+        for path in theirs.glob("[0-9a-f]*"):
+            path.unlink()
+    else:
+        theirs.chmod(0o555)
+    for path in theirs.glob(private) if private else [theirs]:
+        path.chmod(0)
+    try:
+        assert torch.equal(load(shared / "images", **settings).pixels, expected)
+        assert bool(list((shared / "cache").rglob("*.*"))) == (private != "*.json" or not settings)
+    finally:
+        theirs.chmod(0o777)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"image_size": 16, "chan', b'{"image_size": 16}', b'{"image_size": "x", "channels": 1}', b"[]", b"\xff"]
+)
+def test_a_damaged_note_is_made_anew(root, content):
+    write_flat(root, 5)
+    load(root)
+    (note,) = (root / ".modicum").glob("*.json")
+    whole = note.read_bytes()
+    note.write_bytes(content)
+    assert load(root).pixels.shape == (5, 1, 8, 8)
+    assert note.read_bytes() == whole
 
 
 def test_the_fingerprint_follows_images_and_labels(root, tmp_path):

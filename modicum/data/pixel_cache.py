@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import json
 import re
 import shutil
 import tempfile
@@ -30,6 +29,7 @@ from modicum.settings import Auto, DataSettings
 
 VERSION = 2  # raised when decoding changes, so that older files are made anew
 CHUNK = 256  # images in flight at a time: what a Ctrl-C waits for
+LOCK = ".lock"
 OURS = re.compile(r"([0-9a-f]{32})[-.].+")
 
 
@@ -60,7 +60,7 @@ class Decoded:
             digests = np.load(place / f"{self.name}.digests.npy")
             # Read-only: a private writable mapping counts as memory, and Linux refuses one larger than the machine has.
             mapped = np.load(place / f"{self.name}.npy", mmap_mode="r") if keep else None
-        except (OSError, ValueError):  # not there, or cut short by a disk's failure: made anew
+        except (OSError, ValueError, EOFError):  # not there, another user's, or cut short by a disk's failure: made anew
             return None
         if len(digests) != self.shape[0] or (mapped is not None and mapped.shape != self.shape):
             return None
@@ -126,9 +126,10 @@ def open_pixels(tree: Tree, settings: DataSettings, places: list[Path]) -> tuple
 
 
 def _is_writable(place: Path) -> bool:
+    """Whether files can be made there and the lock, which may be another user's, be taken."""
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place):
+        with tempfile.TemporaryFile(dir=place), (place / LOCK).open("a"):
             return True
     except OSError:
         return False
@@ -144,7 +145,7 @@ def _writable(places: list[Path]) -> Path:
 @contextmanager
 def _alone(place: Path) -> Iterator[None]:
     """Other processes that want to decode into `place`, such as torchrun's ranks, wait until the block ends, and then find it done."""
-    with (place / ".lock").open("w") as lock:
+    with (place / LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -158,17 +159,28 @@ def _size_and_channels(tree: Tree, listing: str, settings: DataSettings, places:
     if settings.image_size != "auto" and settings.channels != "auto":
         return settings.image_size, settings.channels
     file = f"{listing}.json"
-    note = next((json.loads((place / file).read_text()) for place in places if (place / file).is_file()), None)
+    note = next(filter(None, (_read_note(place / file) for place in places)), None)
     if note is None:
         failures: dict[int, str] = {}
         heads = list(_attempt("looking at images", survey, tree, failures))
         if not heads:
             _refuse(tree, failures)
-        note = {"image_size": suitable_size([side for side, _ in heads]), "channels": 1 if all(grey for _, grey in heads) else 3}
+        size = suitable_size([side for side, _ in heads])
+        note = DataSettings(image_size=size, channels=1 if all(grey for _, grey in heads) else 3)
         if not failures:  # else decoding names them, with those that are damaged further on
-            write_atomically(_writable(places) / file, json.dumps(note))
-    size, channels = (note[key] if getattr(settings, key) == "auto" else getattr(settings, key) for key in ("image_size", "channels"))
+            with suppress(OSError):  # it saves a look at the images, no more
+                write_atomically(_writable(places) / file, note.model_dump_json(include={"image_size", "channels"}))
+    size, channels = (getattr(note if getattr(settings, key) == "auto" else settings, key) for key in ("image_size", "channels"))
     return size, channels
+
+
+def _read_note(path: Path) -> DataSettings | None:
+    """None where it is not there, another user's, or damaged: made anew."""
+    try:
+        note = DataSettings.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return None if "auto" in (note.image_size, note.channels) else note
 
 
 def suitable_size(shorter_sides: list[int]) -> int:
