@@ -122,9 +122,12 @@ def test_many_bad_rows_are_counted(root, tmp_path):
         ("path,class", {}, "has no column 'label' (found: path, class): set data.label_column"),
         ("path;label", {}, "(found: path;label)"),
         ("path,label", {"split_column": "fold"}, "set data.split_column"),
+        ("path,label,label", {}, "has the column 'label' 2 times"),
+        ("path,path, path,label", {}, "has the column 'path' 3 times"),
+        ("path,label,split,split", {}, "has the column 'split' 2 times"),
     ],
 )
-def test_a_missing_column_names_its_setting(root, tmp_path, header, settings, sentence):
+def test_a_missing_or_repeated_column_is_named(root, tmp_path, header, settings, sentence):
     write_flat(root, 3)
     assert sentence in refusal(root, labels=write_csv(tmp_path / "l.csv", "0.png,a", header=header), **settings)
 

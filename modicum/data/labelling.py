@@ -88,6 +88,8 @@ def _by_csv(tree: Tree, source: Path, settings: DataSettings) -> Labelling:
         ("label_column", settings.label_column),
         ("split_column", settings.split_column),
     ):
+        if headers.count(header) > 1:
+            raise InputError(f"{source} has the column {header!r} {headers.count(header)} times: rename or remove all but one.")
         if header in headers:
             columns[setting] = headers.index(header)
         elif setting != "split_column" or header != type(settings).model_fields[setting].default:
