@@ -1,6 +1,8 @@
 """Bad folders and bad label files: one sentence that names every file or row, before anything is trained."""
 
+import inspect
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from modicum.data import pixel_cache
+from modicum.data.listing import walk
 from modicum.data.sources import load_images
 from modicum.errors import InputError
 from modicum.settings import DataSettings
@@ -89,6 +92,8 @@ def test_a_float_image_is_refused_rather_than_guessed(root):
         ("0.png,", "row 3: labels '0.png' '', row 2 labels it 'a'"),
         (",a", "row 3: the path is empty"),
         ("1.png,a,b", "row 3: has 3 fields, the header has 2"),
+        (f"{'a heron among reeds ' * 15},a", "row 3: there is no file 'a heron among reeds"),
+        ("1\0.png,a", r"row 3: there is no file '1\x00.png' below"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named(root, tmp_path, row, sentence):
@@ -142,6 +147,7 @@ def test_a_csv_that_is_none(root, tmp_path):
     path.write_text("")
     assert "(found: none)" in refusal(root, labels=path)
     assert "absent.csv is not there." in refusal(root, labels=tmp_path / "absent.csv")
+    assert "is not there." in refusal(root, labels="l" * 300)
     (root / "beside.csv").write_text("path,label\n")
     assert f"did you mean {root / 'beside.csv'}?" in refusal(root, labels="beside.csv")
 
@@ -149,6 +155,7 @@ def test_a_csv_that_is_none(root, tmp_path):
 def test_folders_that_cannot_be_used(root, tmp_path):
     assert "data.root is not set" in refusal(None)
     assert "is not there" in refusal(root)
+    assert "File name too long" in refusal(tmp_path / ("r" * 300))
     root.mkdir()
     assert "holds no image" in refusal(root)
     write(root / "a/1.png")
@@ -216,3 +223,41 @@ def test_a_full_disk_is_one_sentence(root, monkeypatch):
     monkeypatch.setattr(pixel_cache.np.lib.format, "write_array_header_1_0", full)
     assert "No space left on device" in refusal(root)
     assert not list((root / ".modicum").glob("*npy*"))
+
+
+def test_a_label_csv_that_may_not_be_read_is_named(root, tmp_path, monkeypatch):
+    write_flat(root, 1)
+    labels = write_csv(tmp_path / "l.csv", "0.png,a")
+
+    def forbidden(*_arguments, **_keywords):
+        raise PermissionError(13, "Permission denied", str(labels))
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    assert refusal(root, labels=labels) == f"data.labels={labels} cannot be read: Permission denied."
+
+
+def test_what_is_named_as_an_image_and_is_no_file_is_none(root, tmp_path):
+    """A pipe, which to read would take for ever."""
+    write(root / "a/1.png")
+    os.mkfifo(root / "a/pipe.png")
+    (root / "a/link.png").symlink_to("pipe.png")
+    assert [file.path for file in walk(root).files] == ["a/1.png"]
+    assert "there is no file 'a/pipe.png'" in refusal(root, labels=write_csv(tmp_path / "l.csv", "a/pipe.png,x"))
+    (root / "a/1.png").unlink()
+    assert "holds no image" in refusal(root)
+
+
+def test_folders_lie_deeper_than_python_recurses(root):
+    write(root.joinpath(*["deep"] * 150, "1.png"))
+    before = sys.getrecursionlimit()
+    try:
+        sys.setrecursionlimit(len(inspect.stack(0)) + 120)
+        assert len(walk(root).folders) == 150
+    finally:
+        sys.setrecursionlimit(before)
+
+
+def test_a_label_may_be_a_number_of_any_length(root, tmp_path):
+    write_flat(root, 3)
+    labels = write_csv(tmp_path / "l.csv", f"0.png,{'9' * 5000}", "1.png,10", "2.png,9")
+    assert load(root, labels=labels).class_names == ("9", "10", "9" * 5000)

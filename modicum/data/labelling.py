@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from modicum.data.listing import SUFFIXES, Tree, inside, label_file, refuse
+from modicum.data.listing import SUFFIXES, Tree, inside, is_file, label_file, refuse
 from modicum.errors import InputError
 from modicum.settings import DataSettings
 
@@ -30,7 +30,8 @@ class Labelling:
 
 def natural(name: str) -> tuple[list[str | int], str]:
     """Sorts numbers inside of names by their value."""
-    return [int(part) if number % 2 else part.casefold() for number, part in enumerate(re.split(r"(\d+)", name))], name
+    parts = re.split(r"(\d{1,640})", name)  # Python may turn no more digits into one number: a longer one counts as several
+    return [int(part) if number % 2 else part.casefold() for number, part in enumerate(parts)], name
 
 
 def read_labelling(tree: Tree, settings: DataSettings) -> Labelling:
@@ -149,7 +150,7 @@ def _why_unknown(path: str, tree: Tree, real_root: str) -> str:
     if PurePosixPath(path).is_absolute() or PureWindowsPath(path).is_absolute() or ".." in parts:
         return f"{path!r} leaves the folder {tree.root}; paths are relative to data.root, without '..'"
     there = tree.root / path
-    if "\0" in path or not there.is_file():
+    if not is_file(there):
         return f"there is no file {path!r} below {tree.root}" + (" (write / between folders)" if "\\" in path else "")
     if not inside(os.path.realpath(there), real_root):
         return f"{path!r} leads out of {tree.root} by a link"

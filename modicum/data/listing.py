@@ -1,6 +1,7 @@
 """The walk over a folder of images. Light: shared by the loader and the fingerprint."""
 
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,13 +45,13 @@ def walk(root: Path | None) -> Tree:
     if root is None:
         raise InputError("data.root is not set: set it to the folder that holds the images.")
     root = root.expanduser()
-    if not root.is_dir():
-        raise InputError(
-            f"data.root={root} is {'a file, not a folder' if root.exists() else 'not there'}: set it to the folder of the images."
-        )
     tree = Tree(root, [], [], [])
     try:
-        _collect(tree, str(root), "", os.path.realpath(root))
+        if not root.is_dir():
+            raise InputError(
+                f"data.root={root} is {'a file, not a folder' if root.exists() else 'not there'}: set it to the folder of the images."
+            )
+        _collect(tree)
     except OSError as error:
         raise InputError(f"Cannot read {error.filename}: {error.strerror}.") from None
     if not tree.files:
@@ -64,23 +65,33 @@ def walk(root: Path | None) -> Tree:
     return tree
 
 
-def _collect(tree: Tree, folder: str, prefix: str, real_root: str) -> None:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            path = prefix + entry.name
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                tree.folders.append(path)
-                _collect(tree, entry.path, f"{path}/", real_root)
-            elif entry.is_dir():
-                tree.links.append(path)
-            elif entry.name.lower().endswith(SUFFIXES):
-                if entry.is_symlink() and not inside(os.path.realpath(entry.path), real_root):
+def _collect(tree: Tree) -> None:
+    real_root = os.path.realpath(tree.root)
+    left = [""]  # folders still to be read; by recursion, some trees are too deep
+    while left:
+        prefix = left.pop()
+        with os.scandir(tree.root / prefix) as entries:
+            for entry in entries:
+                path = prefix + entry.name
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    tree.folders.append(path)
+                    left.append(f"{path}/")
+                elif entry.is_dir():
                     tree.links.append(path)
-                else:
+                elif entry.name.lower().endswith(SUFFIXES):
+                    if entry.is_symlink() and not inside(os.path.realpath(entry.path), real_root):
+                        tree.links.append(path)
+                        continue
                     status = entry.stat()
-                    tree.files.append(File(path, status.st_size, status.st_mtime_ns))
+                    if stat.S_ISREG(status.st_mode):  # not a pipe, which would never end
+                        tree.files.append(File(path, status.st_size, status.st_mtime_ns))
+
+
+def is_file(path: Path) -> bool:
+    """False too for a name too long, with a null in it or below a folder that cannot be entered, for which Path.is_file raises."""
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 def inside(path: str, root: str) -> bool:
@@ -98,8 +109,12 @@ def label_file(settings: DataSettings) -> Path | None:
     if settings.labels is None:
         return None
     path = settings.labels.expanduser()
-    if not path.is_file():
+    if not is_file(path):
         beside = settings.root.expanduser() / path if settings.root else path
-        hint = f": did you mean {beside}?" if beside.is_file() else "."
+        hint = f": did you mean {beside}?" if is_file(beside) else "."
         raise InputError(f"data.labels={path} is not there{hint}")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise InputError(f"data.labels={path} cannot be read: {error.strerror}.") from None
     return path
