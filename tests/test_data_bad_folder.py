@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import struct
 import sys
 from pathlib import Path
 
@@ -70,6 +71,18 @@ def test_all_unreadable_images_are_listed_at_once(root):
     assert message.endswith("and 4 more")
     assert refusal(root, image_size=8, channels=1) == message
     assert not list((root / ".modicum").glob("*npy*"))
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+DDS = b"DDS " + struct.pack("<7I", 124, 0x1007, 8, 8, 0, 0, 0) + bytes(44) + struct.pack("<8I", 32, 0x800, 0, 32, 0, 0, 0, 0) + bytes(84)
+
+
+@pytest.mark.parametrize("content", [POSTSCRIPT, DDS])
+def test_formats_of_no_suffix_are_not_tried(root, content):
+    """PostScript would be run by Ghostscript, and Pillow has errors of its own for DDS."""
+    root.mkdir()
+    (root / "a.png").write_bytes(content)
+    assert "a.png: not an image of a known format" in refusal(root)
 
 
 def test_a_float_image_is_refused_rather_than_guessed(root):

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 from modicum.data import pixel_cache
 from modicum.data.fingerprint import input_fingerprint
+from modicum.data.listing import SUFFIXES
 from modicum.data.pixel_cache import suitable_size
 from modicum.data.sources import load_images
 from modicum.errors import InputError
@@ -205,6 +206,23 @@ def test_every_kind_of_file_is_read_upright_and_opaque(root):
     for row, name in enumerate(names):
         expected = np.full((8, 8), 255) if name in "fgh" else grey
         assert np.abs(images.pixels[row, 0].numpy().astype(int) - expected).max() <= (2 if name in "dj" else 0), name
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_suffix_is_read(root, suffix):
+    write(root / f"a{suffix}", 3, 64)
+    assert load(root).pixels.shape[2:] == (64, 64)
+
+
+def test_a_format_is_known_by_its_content_among_those_of_the_suffixes(root):
+    """Cameras write pictures of several frames (MPO) under the name of JPEG, and downloads often have the wrong one."""
+    root.mkdir()
+    image = Image.fromarray(DIGITS[3]).resize((32, 32))
+    for number, kind in enumerate(["MPO", "WEBP", "PNG"]):
+        image.save(root / f"{number}.jpg", format=kind, **({"save_all": True, "append_images": [image]} if kind == "MPO" else {}))
+    with Image.open(root / "0.jpg") as opened:
+        assert opened.format == "MPO"
+    assert (load(root).pixels.float() - load(root).pixels[2].float()).abs().max() < 24
 
 
 def test_a_jpeg_shrunk_while_decoding_looks_the_same(root):

@@ -7,6 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from modicum.data.listing import SUFFIXES
+
+# No others are tried, whatever a file's name: some of Pillow's readers start a program (PostScript) or fail in ways of their own (DDS).
+FORMATS = sorted({Image.registered_extensions()[suffix] for suffix in SUFFIXES})
 INTERPOLATION = Image.Resampling.BILINEAR  # antialiased where it shrinks
 GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
 # What Pillow raises on damaged files, over all its formats; anything else is a mistake of ours and shows its traceback.
@@ -26,7 +30,7 @@ UNREADABLE = (
 
 def survey(path: Path) -> tuple[int, bool]:
     """Shorter side in pixels and whether the image is grey, from its header alone. Raises one of UNREADABLE."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         return min(image.size), image.mode in GREY_MODES
 
 
@@ -36,7 +40,7 @@ def decode(path: Path, image_size: int, channels: int) -> np.ndarray:
     The camera's orientation is respected, transparency lies over white, 16-bit grey keeps its upper 8 bits.
     Raises one of UNREADABLE.
     """
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         # JPEG can be decoded at a half, a quarter or an eighth; twice the side is left to the antialiased resize.
         image.draft(None, (2 * image_size, 2 * image_size))
         ImageOps.exif_transpose(image, in_place=True)
