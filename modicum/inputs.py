@@ -11,9 +11,9 @@ from modicum.settings import Experiment
 def named_inputs(experiment: Experiment) -> tuple[Experiment, dict[str, str]]:
     """The experiment with absolute paths, valid from everywhere, and the fingerprint of what lies there, by setting. Raises InputError."""
     inputs = {}
-    for stage in ("pretrain", "finetune"):
+    for stage, words in (("pretrain", (None,)), ("finetune", ("pretrain", "random"))):
         section = getattr(experiment, stage)
-        if section.init not in (None, "pretrain", "random"):
+        if section.init not in words:
             path = _existing(f"{stage}.init", section.init, "backbone folder or file")
             experiment = with_setting(experiment, stage, init=str(path))
             inputs[f"{stage}.init"] = content_hash(path)

@@ -229,7 +229,15 @@ def test_a_stage_does_not_clear_the_one_before(house: Any, modicum: Command) -> 
 
 
 @pytest.mark.parametrize(
-    "arguments", [["pretrain.epoch=3"], ["seed=x"], ["--init", "nowhere"], ["--from", "pretrain", "finetune.init=random"]]
+    "arguments",
+    [
+        ["pretrain.epoch=3"],
+        ["seed=x"],
+        ["--init", "nowhere"],
+        ["pretrain.init=random"],
+        ["pretrain.init=pretrain"],
+        ["--from", "pretrain", "finetune.init=random"],
+    ],
 )
 def test_bad_input_creates_no_folder(arguments: list[str], house: Any, modicum: Command, names: Names) -> None:
     assert modicum("run", "digits", *arguments) == 2
