@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args, get_origin
 
 from annotated_types import BaseMetadata
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, Field, create_model
 from torch import Tensor, nn
 
 from modicum import distributed
@@ -19,7 +19,7 @@ from modicum.networks.norms import SyncBatchNorm, replace_norms
 from modicum.networks.stems import SMALL_IMAGE
 from modicum.optim import Pace, Recipe
 from modicum.randomness import seeded
-from modicum.settings import AUTO, Auto
+from modicum.settings import AUTO, Auto, Settings
 
 if TYPE_CHECKING:
     from modicum.data.stream import Batch
@@ -203,7 +203,7 @@ def settings_model(method: type[Method]) -> type[BaseModel]:
             annotation = Auto | annotation
         fields[parameter.name] = annotation, Field(method.defaults.get(parameter.name, parameter.default), description=meaning)
     assert set(method.defaults) <= set(fields)
-    return create_model(method.__name__, __config__=ConfigDict(frozen=True, extra="forbid", validate_default=True), **fields)
+    return create_model(method.__name__, __base__=Settings, **fields)
 
 
 def _split(annotation: Any) -> tuple[Any, str]:

@@ -227,6 +227,10 @@ def _propagation(settings: FinetuneSettings, method: type[Method], images: Image
 
 
 def _data(images: Images, settings: DataSettings) -> Decisions:
+    for key in ("mean", "std"):
+        given = getattr(settings, key)
+        if given != AUTO and len(given) != images.channels:
+            raise InputError(f"data.{key} = {given} is not one number a channel, of which the images have {images.channels}.")
     mean, std = pixel_statistics(images) if AUTO in (settings.mean, settings.std) else (settings.mean, settings.std)
     return {
         "image_size": (images.image_size, "the data set's"),

@@ -259,6 +259,13 @@ def test_crops_that_the_network_does_not_take_are_refused(backbone: str, sentenc
         ("pretrain.method=mocov2", "unknown method 'mocov2': did you mean 'moco_v2'"),
         ("pretrain.method.temprature=1", "unknown key 'pretrain.method.temprature': did you mean 'temperature'"),
         ("pretrain.method.temperature=-1", "pretrain.method.temperature = -1 is not possible"),
+        ("pretrain.method.temperature=.inf", "pretrain.method.temperature = inf is not possible"),
+        (
+            "data={name: digits, mean: [0.5, 0.5, 0.5]}",
+            "data.mean = [0.5, 0.5, 0.5] is not one number a channel, of which the images have 1",
+        ),
+        ("data={name: digits, std: [0.5, 0.5, 0.5]}", "data.std = [0.5, 0.5, 0.5] is not one number a channel"),
+        ("data={name: digits, mean: []}", "data.mean = [] is not one number a channel"),
         ("pretrain.method.queue_size=100000", "queue_size = 100000 is larger than the data set of 1347 images"),
         ("pretrain.method.teacher={norm: shuffle_bn, groups: 1}", "changes nothing"),
         ("pretrain.method.teacher={norm: shuffle_bn, groups: 7}", "batch_size = 128 is not: choose a multiple of 7"),
