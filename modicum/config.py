@@ -43,7 +43,10 @@ class _Reader(yaml.SafeLoader):
 
 def _read(text: str) -> Any:
     """What `text` says in YAML, of a file or of one value. Raises yaml.YAMLError."""
-    return _Reader(text).get_single_data()
+    try:
+        return _Reader(text).get_single_data()
+    except ValueError as error:  # a day that no month has, a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from None
 
 
 def read_config(config: str) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 AUTO: Any = "auto"
 Auto = Literal["auto"]
-Count = Annotated[int, Field(ge=1)]
+# Upper bounds are far above all use: torch and numpy fail with more, often only after hours.
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Norm = Literal["bn", "sync_bn"]
-Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0, le=1e6)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]
 
 
 def _named(value: Any, default: str) -> Any:
@@ -60,8 +62,8 @@ class DataSettings(Settings):
         "auto", description="share of the labelled images held out as test, where the set has no split of its own"
     )
     mirror: Auto | bool = Field("auto", description="whether views may flip images left to right (digits and text: no)")
-    mean: Auto | list[float] = Field("auto", description="normalisation, one number a channel, of pixels in 0..1")
-    std: Auto | list[Positive] = Field("auto", description="normalisation, one number a channel")
+    mean: Auto | list[Fraction] = Field("auto", description="normalisation, one number a channel, of pixels in 0..1")
+    std: Auto | list[Annotated[float, Field(ge=1e-4, le=1)]] = Field("auto", description="normalisation, one number a channel")
 
 
 class BackboneSettings(Settings):
@@ -75,7 +77,7 @@ class OptimizerSettings(Settings):
     name: Literal["auto", "sgd", "adamw", "lars"] = Field("auto", description="auto: the method's own")
     lr: Auto | Positive = Field("auto", description="peak learning rate of this very batch size, not of 256")
     scaling: Literal["auto", "linear", "sqrt", "none"] = Field("auto", description="of an lr left auto, from the paper's batch to this one")
-    weight_decay: Auto | Annotated[float, Field(ge=0)] = Field("auto", description="not applied to biases and norm layers")
+    weight_decay: Auto | NotNegative = Field("auto", description="not applied to biases and norm layers")
     momentum: Auto | Annotated[float, Field(ge=0, lt=1)] = Field("auto", description="of SGD and LARS")
     nesterov: bool | Auto = Field("auto", description="of SGD")
 
@@ -99,7 +101,7 @@ class PretrainSettings(Settings):
     norm: Norm = Field("bn", description="batch norm on several ranks, heads included: of each rank's images, or sync_bn, of all ranks'")
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: Literal["auto", "cosine", "step", "constant"] = Field("auto", description="learning rate over the run")
-    warmup_epochs: Auto | Annotated[float, Field(ge=0)] = Field("auto", description="epochs in which the learning rate rises")
+    warmup_epochs: Auto | NotNegative = Field("auto", description="epochs in which the learning rate rises")
     views: Views = Field("auto", description="policies of the views: auto, NAME, NAME/NAME, {name: NAME, KEY: value} or a list")
     init: str | None = Field(None, description="a backbone to start from; none: random weights")
     monitor_epochs: Auto | Positive = Field("auto", description="epochs between two readings of the online kNN and of the embeddings")
@@ -125,7 +127,7 @@ class FinetuneSettings(Settings):
     labelled_in_unlabelled: bool = Field(True, description="labelled images are also part of the unlabelled set")
     norm: Norm = Field("bn", description="batch norm on several ranks, heads included: of each rank's images, or sync_bn, of all ranks'")
     optimizer: OptimizerSettings = OptimizerSettings()
-    backbone_lr_scale: Annotated[float, Field(ge=0)] = Field(1.0, description="the backbone's learning rate over the head's; 0 freezes it")
+    backbone_lr_scale: NotNegative = Field(1.0, description="the backbone's learning rate over the head's; 0 freezes it")
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="learning rate of each backbone layer over that of the next")
     freeze_backbone: bool = Field(False, description="the backbone stays as it is, norm statistics too; heads alone learn")
     schedule: Literal["auto", "cosine", "cosine_7_16", "step", "constant"] = Field("auto", description="learning rate over the run")
@@ -161,7 +163,9 @@ class FinetuneSettings(Settings):
 
 
 class KnnSettings(Settings):
-    k: list[Count] = Field([1, 5, 10, 20, 50, 100, 200], description="neighbours that vote; those above the bank are left out")
+    k: list[Count] = Field(
+        [1, 5, 10, 20, 50, 100, 200], min_length=1, description="neighbours that vote; those above the bank are left out"
+    )
     temperature: Positive = Field(0.07, description="votes weigh exp(cosine / temperature)")
     whitened: bool = Field(True, description="kNN among whitened features too, beside kNN among the features as they are")
     approximate_from: Count = Field(500_000, description="images in a bank from which an inverted index is searched, not every image")
@@ -169,7 +173,7 @@ class KnnSettings(Settings):
 
 class LinearSettings(Settings):
     strengths: list[Positive] = Field(
-        [1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0], description="inverse regularisation C, chosen by validation on the labels"
+        [1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0], min_length=1, description="inverse regularisation C, chosen by validation on the labels"
     )
     max_iterations: Count = Field(200, description="of L-BFGS")
 
@@ -180,7 +184,7 @@ class EvaluateSettings(Settings):
     cross_validate: Literal[0] | Annotated[int, Field(ge=2)] = Field(
         0, description="refits of stage two, each without a part of the labels, to be judged on that part; 0: none"
     )
-    bootstrap: Count = Field(1000, description="resamples of the test images behind each 95 % interval")
+    bootstrap: Annotated[int, Field(ge=1, le=1_000_000)] = Field(1000, description="resamples of the test images behind each 95 % interval")
     batch_size: Count = Field(512, description="images a step while features are extracted")
     gallery_queries: Annotated[int, Field(ge=0)] = Field(8, description="test images shown with their neighbours in the report")
     gallery_neighbours: Count = Field(10, description="neighbours shown a query")
