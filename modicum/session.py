@@ -107,12 +107,23 @@ def prepare(request: Request, stages: Iterable[str] = ()) -> Prepared:
     images = load_images(request.experiment.data)
     experiment, reasons = resolve(request.experiment, images)
     splits = make_splits(images, experiment.finetune, experiment.evaluate.cross_validate)
-    if "finetune" in stages and not (splits["split"] == "labelled").any():
+    _refuse_few_classes(stages, splits, images)
+    return Prepared(images, experiment, reasons, splits, choose_hardware(experiment))
+
+
+def _refuse_few_classes(stages: Iterable[str], splits: "pd.DataFrame", images: "Images") -> None:
+    """Raises InputError where nothing could be told apart; stage one needs no label, and stage three shows features without any."""
+    labels = splits["label"][splits["split"] == "labelled"].unique()
+    if not len(labels) and "finetune" in stages:
         raise InputError(
             f"No training image of {images.name} carries a label, which stage two needs: name them by data.labels or by sub-folders, or "
             "run `modicum pretrain` alone."
         )
-    return Prepared(images, experiment, reasons, splits, choose_hardware(experiment))
+    if len(labels) == 1 and {"finetune", "evaluate"} & set(stages):
+        raise InputError(
+            f"The labels of {images.name} know one class only, {images.class_names[labels[0]]!r}, and a classifier needs two or more: is "
+            "data.root, or data.label_column, the right one? `modicum pretrain` alone needs no labels."
+        )
 
 
 def _to_clear(

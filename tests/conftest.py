@@ -75,7 +75,7 @@ def write_results_of(path: Path, accuracy: float) -> None:
 def cardboard_splits(images: Any, settings: Any, num_refits: int) -> pd.DataFrame:
     labels = settings.labels if isinstance(settings.labels, int) else 40
     split = ["labelled"] * labels + ["unlabelled"] * 10 + ["test"] * 5
-    return pd.DataFrame({"id": range(len(split)), "path": "x.png", "label": 0, "split": split})
+    return pd.DataFrame({"id": range(len(split)), "path": "x.png", "label": [at % 10 for at in range(len(split))], "split": split})
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def house(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> House:
         monkeypatch.setitem(sys.modules, name, module)
 
     hardware = SimpleNamespace(describe=lambda: "cardboard", device="cpu")
-    replace("modicum.data.sources", load_images=lambda settings: SimpleNamespace(name=settings.name))
+    replace("modicum.data.sources", load_images=lambda settings: SimpleNamespace(name=settings.name, class_names="0123456789"))
     replace("modicum.data.splits", make_splits=cardboard_splits, write_splits=lambda splits, path: splits.to_csv(path, index=False))
     monkeypatch.setattr("modicum.hardware.choose_hardware", lambda experiment: hardware)
     reason = SimpleNamespace(key="data.mirror", value=False, why="cardboard has no sides")

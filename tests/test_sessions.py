@@ -169,6 +169,10 @@ def test_a_chain_without_labels_is_refused_before_it_begins(
     assert modicum("run", "digits") == modicum("run", "digits", "--dry-run") == 2
     assert capfd.readouterr().err.count("No training image of digits carries a label") == 2
     assert names(".") == []
+    monkeypatch.setattr(sys.modules["modicum.data.splits"], "make_splits", lambda *given: draw(*given).assign(label=3))
+    assert modicum("run", "digits") == modicum("evaluate", "digits") == 2
+    assert capfd.readouterr().err.count("The labels of digits know one class only, '3'") == 2
+    assert names(".") == []
     assert modicum("pretrain", "digits") == 0
 
 

@@ -74,9 +74,6 @@ def test_a_proportional_draw_follows_the_classes_and_leaves_none_out(request_, c
         ((5, 5), "101%", "proportional", "more than all"),
         ((5, 0, 5), "all", "class", "No training image carries the label '1'"),
         ((0, 0), 4, "class", "No training image carries a label"),
-        ((0,), "all", "class", "No training image carries a label"),
-        ((5,), "all", "class", "The labels know one class only, '0'; a classifier needs two or more."),
-        ((5,), 3, "proportional", "The labels know one class only, '0'; a classifier needs two or more."),
         ((2, 5), 6, "class", "asks for 3 labelled images of each class, and '0' has 2"),
     ],
 )

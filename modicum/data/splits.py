@@ -25,7 +25,7 @@ def draw_labels(
 
     `labels` are 0..num_classes - 1, or -1 where unknown; `request` is a total count, a share of the known labels such as
     "10%", or "all". `balance` "class": equally many a class, what is left over to random ones; "proportional": as the
-    classes occur, at least one each. Raises InputError where there are fewer labels than asked for, or fewer than two classes.
+    classes occur, at least one each. Raises InputError where there are fewer labels than asked for.
     """
     names = class_names or [str(number) for number in range(num_classes)]
     counts = np.bincount(labels[labels >= 0], minlength=num_classes)
@@ -34,11 +34,6 @@ def draw_labels(
     missing = [names[int(number)] for number in np.flatnonzero(counts == 0)]
     if missing:
         raise InputError(f"No training image carries the label {', '.join(map(repr, missing[:20]))}: label one, or remove the class.")
-    if num_classes == 1:
-        raise InputError(
-            f"The labels know one class only, {names[0]!r}; a classifier needs two or more. Pretraining alone needs none: leave out "
-            "data.labels, or set data.root to the folder of the class."
-        )
     if request == "all":
         return np.flatnonzero(labels >= 0)
     total = num_labels(request, int(counts.sum()))
