@@ -11,7 +11,7 @@ import pytest
 
 import modicum
 from modicum.files import write_atomically
-from modicum.run_folder import STAGES
+from modicum.run_folder import RESULTS, STAGES
 from modicum.session import make_request
 
 CHECKOUT = Path(modicum.__file__).parent.parent
@@ -81,7 +81,9 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
 def test_a_finished_run_is_told_without_torch(tmp_path: Path, write_results: Callable[[Path, float], None]) -> None:
     request = make_request("digits", run=tmp_path / "run")
     for stage in STAGES:
-        request.folder.stage(stage).mkdir(parents=True)
+        result = request.folder.stage(stage) / RESULTS[stage]
+        result.parent.mkdir(parents=True)
+        result.touch()
     request.folder.record(request.experiment.model_dump(mode="json"), {"inputs": request.inputs})
     write_results(request.folder.stage("evaluate") / "results.json", 0.98)
     for stage in STAGES:
