@@ -101,31 +101,20 @@ def test_harmless_settings_pass(house: Any, modicum: Command) -> None:
     assert len(house.calls) == 3
 
 
-def test_a_baseline_that_has_begun_counts(house: Any, modicum: Command) -> None:
-    def start_baseline(run: Any) -> None:
+@pytest.mark.parametrize("made", ["baselines/random/state.pt", "classifier/model.safetensors"])
+def test_a_stage_has_begun_with_a_baseline_and_with_a_classifier(made: str, house: Any, modicum: Command) -> None:
+    """A method that takes no step leaves a classifier before the run's baselines begin, and no state."""
+
+    def stop(run: Any) -> None:
         (run.folder.stage("finetune") / "state.pt").unlink()
-        baseline = run.folder.stage("finetune") / "baselines" / "random"
-        baseline.mkdir(parents=True)
-        (baseline / "state.pt").touch()
+        result = run.folder.stage("finetune") / made
+        result.parent.mkdir(parents=True)
+        result.touch()
         raise Interrupted
 
-    house.act["finetune"] = start_baseline
+    house.act["finetune"] = stop
     assert modicum("run", "digits") == 130
     assert modicum("run", "digits", "finetune.steps=5") == 2
-
-
-def test_a_classifier_without_a_state_counts(house: Any, modicum: Command) -> None:
-    """A method that takes no step leaves one before the run's baselines begin."""
-
-    def stop_after_the_first(run: Any) -> None:
-        (run.folder.stage("finetune") / "state.pt").unlink()
-        (run.folder.stage("finetune") / "classifier").mkdir()
-        (run.folder.stage("finetune") / "classifier" / "model.safetensors").touch()
-        raise Interrupted
-
-    house.act["finetune"] = stop_after_the_first
-    assert modicum("run", "digits") == 130
-    assert modicum("run", "digits", "finetune.labels=100") == 2
 
 
 def test_what_a_stage_left_before_it_began_goes_with_a_change(house: Any, modicum: Command) -> None:
