@@ -129,8 +129,7 @@ def _refuse_few_classes(stages: Iterable[str], splits: "pd.DataFrame", images: "
 def _to_clear(
     request: Request, prepared: Prepared, stages: Iterable[str], *, force: bool, again: str | None
 ) -> tuple[list[Change], list[str]]:
-    """What has changed, and the stages whose results must go for it. Raises InputError where they may not, or `stages` lack what is
-    before them."""
+    """What has changed, and the stages whose results must go for it. Raises InputError where they may not, or `stages` lack a ground."""
     changes = request.folder.changes(prepared.settings, request.inputs)
     clearing = request.folder.stages_to_clear(changes, force=force, again=again)
     refuse_clearing(request.experiment, map(request.folder.stage, clearing))
