@@ -56,7 +56,13 @@ def results(session: Session, sets: Sets, judge: Judge, found: Findings, seconds
         "overrides": overrides,
         "dataset": images.name,
         "class_names": list(names),
-        "images": {"train": len(sets.train), "test": len(sets.test), "labelled": len(sets.few), "all_labels": len(sets.known)},
+        "images": {
+            "train": len(sets.train),
+            "test": len(sets.test),
+            "labelled": len(sets.few),
+            "all_labels": len(sets.known),
+            "a_class": labels_a_class(sets),
+        },
         "pixels": {"size": images.image_size, "channels": images.channels},
         "seed": experiment.seed,
         "label_seed": experiment.finetune.label_seed,
@@ -74,6 +80,12 @@ def results(session: Session, sets: Sets, judge: Judge, found: Findings, seconds
     }
 
 
+def labels_a_class(sets: Sets) -> int | None:
+    """How many labels each class has, where all have the same number."""
+    counts = set(np.bincount(sets.labels[sets.few], minlength=sets.num_classes).tolist())
+    return counts.pop() if len(counts) == 1 else None
+
+
 def remarks(sets: Sets, found: Findings, approximate_from: int) -> list[str]:
     """What has to be said of the rows, a sentence or two each."""
     said = [f"kNN with k {', '.join(map(str, ks))} left out: the bank holds {size} images." for size, ks in sorted(found.left_out.items())]
@@ -85,7 +97,7 @@ def remarks(sets: Sets, found: Findings, approximate_from: int) -> list[str]:
     if not len(sets.test):
         probes = " The figures are those of a linear probe, cross-validated on the labels." if not refitted else ""
         if not found.rows:
-            probes = " To cross-validate a linear probe, each class needs two labels or more."
+            probes = " To cross-validate a linear probe, some class needs two labels."
         said.append(f"There are no test images, so the classifier itself is not judged.{probes}")
     if refitted:
         said.append(

@@ -40,6 +40,7 @@ class Line:
     few: Cell | None
     all: Cell | None
     headline: bool = False
+    on_test: bool = True  # else judged on labelled images that were held out, which is another question
 
 
 def percent(fraction: float, *, unit: bool = True) -> str:
@@ -86,7 +87,8 @@ class _Lines:
         return [row for row in self.rows if row["labels"] == labels and all(row[key] == value for key, value in wanted.items())]
 
     def add(self, what: str, *, headline: bool = False, **wanted: Any) -> None:
-        self._append(what, *(self.find(labels, **wanted)[:1] for labels in (self.few, self.known)), headline=headline)
+        on_test = not wanted["protocol"].endswith("cross_validated")
+        self._append(what, *(self.find(labels, **wanted)[:1] for labels in (self.few, self.known)), headline=headline, on_test=on_test)
 
     def add_knn(self, words: str, protocol: str, features: str) -> None:
         """The one k that is quoted everywhere: 20, or the largest below it that a tiny bank holds."""
@@ -101,12 +103,19 @@ class _Lines:
             self._append(f"kNN on {words}", *best, show_k=True)
 
     def _append(
-        self, what: str, few: list[dict[str, Any]], known: list[dict[str, Any]], *, headline: bool = False, show_k: bool = False
+        self,
+        what: str,
+        few: list[dict[str, Any]],
+        known: list[dict[str, Any]],
+        *,
+        headline: bool = False,
+        on_test: bool = True,
+        show_k: bool = False,
     ) -> None:
         def cell(rows: list[dict[str, Any]]) -> Cell | None:
             return Cell(rows[0]["top1"], rows[0]["low"], rows[0]["high"], f"k {rows[0]['k']}" if show_k else "") if rows else None
 
-        line = Line(what, cell(few), cell(known) if self.few != self.known else None, headline)
+        line = Line(what, cell(few), cell(known) if self.few != self.known else None, headline, on_test)
         if line.few or line.all:
             self.made.append(line)
 
@@ -133,7 +142,7 @@ def caption(results: dict[str, Any]) -> list[str]:
 
 
 def _certain(results: dict[str, Any]) -> list[str]:
-    if not any(row["low"] == row["high"] for row in results["rows"]):
+    if not any(row["top1"] in (0, 1) and row["low"] == row["high"] for row in results["rows"]):
         return []
     return ["An interval without width says that every image judged was named rightly, or none; more images would show a width."]
 

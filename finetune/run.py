@@ -58,7 +58,7 @@ def train(session: Session, variant: Variant) -> None:
         backbone.freeze()
     method = find_method("finetune", variant.method["name"]).from_settings(backbone, facts, experiment.seed, variant.method)
     assert isinstance(method, SemiSupervised)
-    monitors = validation_monitors(session, method)
+    monitors = validation_monitors(session, variant, method)
     variant.folder.mkdir(parents=True, exist_ok=True)
     say(f"{variant.title}: {len(variant.labelled)} labelled images" + (f", {settings.steps} steps" if method.views else ""))
     if not (variant.folder / "state.pt").is_file():  # which holds what these give
@@ -200,10 +200,10 @@ def propagation_of(method: SemiSupervised) -> Propagation:
     return method.how if isinstance(method, Propagate) else Propagation(prior=method.class_prior)
 
 
-def validation_monitors(session: Session, method: SemiSupervised) -> list[Monitor]:
-    """Accuracy on the validation part of the labels, where there is one. It is watched; nothing is chosen by it."""
+def validation_monitors(session: Session, variant: Variant, method: SemiSupervised) -> list[Monitor]:
+    """Accuracy on the validation part of the labels, where there is one that the run does not train on. Nothing is chosen by it."""
     settings = session.experiment.finetune
-    rows = np.flatnonzero(session.splits["split"] == "validation")
+    rows = np.setdiff1d(np.flatnonzero(session.splits["split"] == "validation"), variant.labelled)
     if not len(rows):
         return []
     truth, preprocessing = torch.tensor(session.images.labels)[rows], Preprocessing.of(session.experiment.data)

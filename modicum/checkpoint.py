@@ -143,7 +143,8 @@ def load_classifier(folder: Path) -> tuple[Classifier, Preprocessing, tuple[str,
             raise ValueError(f"it has {len(class_names)} label_names for num_classes = {config['num_classes']}")
         classifier = Classifier(Backbone(architecture), len(class_names))
         head = f"{classifier_layer(architecture, len(class_names))}."
-        fill(classifier.head, {name.removeprefix(head): value for name, value in state.items() if name.startswith(head)}, folder)
+        weights = {name.removeprefix(head): value for name, value in state.items() if name.startswith(head)}
+        fill(classifier.head, {name: value.flatten(1) if value.ndim > 2 else value for name, value in weights.items()}, folder)
         fill(classifier.backbone.network, {name: value for name, value in state.items() if not name.startswith(head)}, folder)
         return classifier.eval(), _preprocessing(config), class_names
 
@@ -187,7 +188,7 @@ def _save_network(
     config = {
         "architecture": architecture.name,
         "num_classes": num_classes,
-        "num_features": architecture.projector or network.num_features,
+        "num_features": architecture.projector or num_features(network),
         "model_args": {**architecture.arguments, "in_chans": architecture.channels},
         "pretrained_cfg": {
             "input_size": [preprocessing.channels, preprocessing.image_size, preprocessing.image_size],
@@ -205,7 +206,8 @@ def _save_network(
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "README.md", _readme(architecture, num_classes, preprocessing))
     write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    _save_weights(folder / WEIGHTS, state)
+    shapes = {name: value.shape for name, value in network.state_dict().items()}  # timm has classifiers that are convolutions of 1 x 1
+    _save_weights(folder / WEIGHTS, {name: value.view(shapes[name]) for name, value in state.items()})
 
 
 def _save_weights(path: Path, state: dict[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """Ranks of one run under torchrun: identities on one process."""
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +75,8 @@ class Parallel(DistributedDataParallel):
     """
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__(module, broadcast_buffers=False)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # newer releases of torch have another word for it
+            super().__init__(module, broadcast_buffers=False)
         norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
         self.statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None]
 

@@ -105,6 +105,8 @@ def choose_hardware(experiment: Experiment) -> Hardware:
         raise InputError(
             f"{ranks} ranks need a GPU each, but this machine has {torch.cuda.device_count()}: start fewer, or set device=cpu."
         )
+    if device.index is not None and ranks > 1:
+        raise InputError(f"{ranks} ranks need a GPU each, and device = {device} is one: set device=cuda.")
     precision = experiment.precision
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(device) else "fp32"

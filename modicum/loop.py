@@ -122,7 +122,7 @@ class Training:
                             metrics.write(done, monitor.read(done))
                 advance(self.batch_size)
                 stopping = distributed.anywhere(stop.requested is not None)
-                if is_rank_zero() and (stopping or last or time.monotonic() - saved_at > SAVE_SECONDS):
+                if stopping or last or distributed.anywhere(time.monotonic() - saved_at > SAVE_SECONDS):
                     self._save(done, totals)
                     saved_at = time.monotonic()
                 if stopping and not last:
@@ -139,7 +139,7 @@ class Training:
             self.method.load_state_dict(state["method"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.hardware = replace(self.hardware, **state["hardware"])  # they move the last bits
-            totals.sums = {name: value.to(self.hardware.device) for name, value in state["totals"].items()}
+            totals.take(state["totals"], self.hardware.device)
             return int(state["step"])
 
     def _compile(self, start: int) -> None:
@@ -167,7 +167,11 @@ class Training:
         self.method.load_state_dict(before)
 
     def _save(self, step: int, totals: "_Totals") -> None:
-        state = {"step": step, "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "totals": totals.sums}
+        """Rank 0 writes. A state that is lost does not replace the one before it; the next log step tells."""
+        sums = totals.of_all_ranks()
+        if not is_rank_zero() or not all(parameter.isfinite().all() for parameter in self.method.parameters()):
+            return
+        state = {"step": step, "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "totals": sums}
         hardware = {name: getattr(self.hardware, name) for name in ("precision", "threads", "compile")}
         save_state(self.state_path, state | {"hardware": hardware})
 
@@ -180,11 +184,11 @@ class Training:
             raise InputError(
                 f"The loss of {self.title} is no longer finite at step {step}{kept}. Lower the learning rate, or set precision=fp32."
             )
-        warn(f"{1 - finite_share:.0%} of the last steps up to {step} had no finite gradient and were left out.")
+        warn(f"{1 - finite_share:.0%} of the last steps up to {step} had no finite gradient, which counted as zero.")
 
 
 class _Totals:
-    """Sums of numerators and denominators since the last log step, kept on the device."""
+    """Sums of numerators and denominators since the last log step, each rank's own, kept on the device."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -194,9 +198,23 @@ class _Totals:
             pair = torch.stack([part.float() for part in reading])
             self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
+    @torch.no_grad()
+    def of_all_ranks(self) -> dict[str, Tensor]:
+        """(ranks, 2) of each name; every rank must ask at the same step."""
+        if not self.sums:
+            return {}
+        everyone = distributed.gather(torch.stack(list(self.sums.values()))[None])  # of all names at once
+        return dict(zip(self.sums, everyone.unbind(1), strict=True))
+
+    def take(self, kept: Mapping[str, Tensor], device: torch.device) -> None:
+        """This rank's part of what `of_all_ranks` gave; where their number was another, the first takes all."""
+        for name, pairs in kept.items():
+            own = pairs[distributed.rank()] if len(pairs) == distributed.world_size() else pairs.sum(0) * is_rank_zero()
+            self.sums[name] = own.to(device)
+
     def read(self) -> dict[str, float]:
-        """The ratios, and an empty sum again. A reading without any image in its denominator is left out."""
-        values = {name: pair.tolist() for name, pair in self.sums.items()}
+        """The ratios over all ranks, and an empty sum again. A reading without any image in its denominator is left out."""
+        values = {name: pairs.sum(0).tolist() for name, pairs in self.of_all_ranks().items()}
         self.sums = {}
         return {name: above / below for name, (above, below) in values.items() if below}
 

@@ -48,7 +48,7 @@ def nearest_others(features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray
 
 def inverted_index(bank: np.ndarray) -> Any:
     """As many cells as faiss's guide advises for the size, a sixteenth of which are looked into."""
-    cells = max(1, int(4 * len(bank) ** 0.5))
+    cells = max(1, min(len(bank), int(4 * len(bank) ** 0.5)))
     index: Any = faiss.index_factory(bank.shape[1], f"IVF{cells},Flat", faiss.METRIC_INNER_PRODUCT)
     index.train(bank[:: max(1, len(bank) // (64 * cells))])
     index.add(bank)

@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from modicum.run_folder import RunFolder
 from modicum.session import Request, make_request, run_stages
 
 MOVED = ("seed", "finetune.label_seed")  # by the sweep itself
-FIXED = ("data.split_seed", "data.test_fraction")  # another test set is another question
+FIXED = ("split_seed", "test_fraction")  # another test set is another question
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ def sweep(
         raise InputError("A sweep starts no ranks: under torchrun start its runs one by one, by `modicum run`.")
     root = run or Path("runs") / f"{Path(config).name.removesuffix('.yaml').removesuffix('.yml')}-sweep"
     members = list(_members(root, overrides, seeds, over))
-    for member in members:  # all mistakes before the first hour of work
-        load_experiment(config, member.overrides)
+    _refuse_incomparable(config, members)  # all mistakes before the first hour of work
     backbones = _backbones(config, members, root, init)
     folders = tuple(member.folder for member in members)
     rows: dict[Member, list[Row]] = {}
@@ -110,15 +110,23 @@ def _members(root: Path, overrides: Sequence[str], seeds: int, over: Sequence[st
         key = override.partition("=")[0]
         if key in MOVED:
             raise InputError(f"{key} is moved by the sweep itself; use --seeds.")
-    for key in FIXED:
-        if any(values[0].startswith(f"{key}=") for values in choices):
-            raise InputError(f"--over {key} would compare figures from different test sets; set it once, as {key}=VALUE.")
     for combination in itertools.product(*choices):
         variant = ",".join(combination)
         folder = root / variant.replace("/", "_") if variant else root
         for seed in range(seeds):
             moved = (f"seed={seed}", f"finetune.label_seed={seed}")
             yield Member(variant, seed, (*overrides, *combination, *moved), folder / f"seed-{seed}")
+
+
+def _refuse_incomparable(config: str, members: Sequence[Member]) -> None:
+    """Raises InputError for a member that cannot be, two that share a folder, or test sets that differ."""
+    folders = Counter(member.folder for member in members)
+    if shared := [str(folder) for folder, count in folders.items() if count > 1]:
+        raise InputError(f"Two variants of the sweep would share the folder {shared[0]}: sweep over values whose names differ more.")
+    settings = [load_experiment(config, member.overrides).data.model_dump() for member in members]
+    for key in FIXED:
+        if len({found[key] for found in settings}) > 1:
+            raise InputError(f"--over data.{key} would compare figures from different test sets; set it once, as data.{key}=VALUE.")
 
 
 def _choices(text: str) -> list[str]:

@@ -61,7 +61,7 @@ def write_results_of(path: Path, accuracy: float) -> None:
             {"protocol": "finetuned", "features": "finetuned", "top1": accuracy, **common},
             {"protocol": "supervised", "features": "random", "top1": accuracy - 0.1, **common},
         ],
-        "images": {"train": 1347, "test": 450, "labelled": 40, "all_labels": 1347},
+        "images": {"train": 1347, "test": 450, "labelled": 40, "all_labels": 1347, "a_class": 4},
         "methods": {"pretrain": "moco_v2", "finetune": "fixmatch"},
         "init": "pretrain",
         "dataset": "digits",

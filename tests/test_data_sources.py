@@ -167,6 +167,13 @@ def test_a_damaged_idx_file_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(InputError, match=sentence):
             load_images(DataSettings(name="fashion_mnist", root=tmp_path))
+    path.write_bytes(whole)
+    labels = tmp_path / "train-labels-idx1-ubyte"
+    for wrong in (np.array([0, 1, 2, 3, 4, 10], dtype=np.uint8), np.zeros((6, 1, 1), dtype=np.uint8)):
+        write_idx(labels, wrong)
+        with pytest.raises(InputError, match="do not hold images and labels of 10 classes"):
+            load_images(DataSettings(name="fashion_mnist", root=tmp_path))
+    write_idx(labels, np.arange(6, dtype=np.uint8))
     path.unlink()
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(whole)[:-20])
     with pytest.raises(InputError, match=r"train-images-idx3-ubyte\.gz is damaged"):

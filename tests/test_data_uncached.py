@@ -102,7 +102,7 @@ def test_a_step_beside_the_one_before_it_starts_no_workers_anew(root: Path, monk
     monkeypatch.setattr(image_files.ImageFiles, "ahead", lambda *arguments: starts.append(arguments) or ahead(*arguments))
     for step in range(4):
         sample = anew.sample(step)
-        for one, same in ((sample.previous(), cached.sample(step).previous()), (sample, cached.sample(step))):
+        for one, same in ((sample, cached.sample(step)), (sample.previous(), cached.sample(step).previous())):
             assert torch.equal(one.view(0), same.view(0))
     assert len(starts) == 1
 

@@ -274,14 +274,17 @@ class Drawing(Method):
     """Keeps what it draws in a step, as dropout would."""
 
     drawn: list[torch.Tensor]
+    losses: list[torch.Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        self.student, self.drawn = nn.Linear(3, 1), []
+        self.student, self.drawn, self.losses = nn.Linear(3, 1), [], []
 
     def forward(self, batch: Any) -> Loss:
         self.drawn.append(torch.rand(3))
-        return Loss(self.student(self.drawn[-1]).sum())
+        loss = self.student(self.drawn[-1]).sum()
+        self.losses.append(loss.detach())
+        return Loss(loss)
 
 
 def drawing_worker(rank: int, folder: str) -> None:
@@ -289,15 +292,19 @@ def drawing_worker(rank: int, folder: str) -> None:
     method, hardware = Drawing(), Hardware(torch.device("cpu"), "fp32", 1)
     optimizer = torch.optim.SGD(parameter_groups([(method, 1.0)], 0.0), lr=0.1)
     Training("drawing", method, lambda step: {}, optimizer, SCHEDULES["constant"], 2, RANKS, Path(folder), hardware, 0).run()
-    torch.save(torch.stack(method.drawn), f"{folder}/{rank}.pt")
+    torch.save((torch.stack(method.drawn), torch.stack(method.losses)), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_ranks_drop_different_things(tmp_path: Path) -> None:
+def test_ranks_drop_different_things_and_metrics_are_of_all_of_them(tmp_path: Path) -> None:
     (tmp_path / "port").write_text(free_port())
     multiprocessing.spawn(drawing_worker, (str(tmp_path),), nprocs=RANKS)
-    drawn = torch.cat([torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)])
+    drawn, losses = map(torch.cat, zip(*(torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS)), strict=True))
     assert len(drawn.unique(dim=0)) == 2 * RANKS
+    told = {name: value for _, name, value in Metrics.read(tmp_path / "metrics.csv")}
+    assert told["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    kept = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert kept["totals"] == {}  # all was told at the last step
 
 
 def torchrun(run: Path, *arguments: str) -> subprocess.Popen[str]:

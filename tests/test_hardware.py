@@ -7,7 +7,10 @@ import sys
 import pytest
 import torch
 
-from modicum.hardware import Hardware
+from modicum import hardware
+from modicum.errors import InputError
+from modicum.hardware import Hardware, choose_hardware
+from modicum.settings import Experiment
 
 TURNS = 5
 SCRIPT = f"""
@@ -54,3 +57,11 @@ def test_beside_a_gpu_the_host_works_with_one_thread(kind: str, within: int) -> 
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(usual)
+
+
+def test_ranks_do_not_share_a_gpu_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(hardware, "_device", lambda name: torch.device(name))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="2 ranks need a GPU each, and device = cuda:1 is one"):
+        choose_hardware(Experiment(device="cuda:1"))

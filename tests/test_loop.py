@@ -1,5 +1,6 @@
 """The loop: resume to the last bit, masked steps, what is recorded."""
 
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -162,6 +163,24 @@ def test_a_step_without_finite_gradient_is_left_out_and_told(tmp_path: Path, cap
     run.run()
     assert "20% of the last steps up to 15" in capsys.readouterr().err
     assert all(torch.isfinite(parameter).all() for parameter in run.method.parameters())
+
+
+def test_a_ruined_state_does_not_replace_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1)
+    run = training(tmp_path)
+    run.log_every = STEPS
+
+    def ruin(step: int) -> dict[str, Any]:
+        if step == 5:
+            next(run.method.parameters()).data.fill_(math.inf)
+        return {"x": torch.ones(16, 4)}
+
+    run.batch = ruin  # type: ignore[assignment]
+    with pytest.raises(InputError, match="the state before it stands in"):
+        run.run()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["step"] == 5
+    assert all(value.isfinite().all() for value in state["method"].values())
 
 
 @pytest.mark.parametrize("saved", [False, True])

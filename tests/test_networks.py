@@ -125,6 +125,20 @@ def test_timm_loads_a_standard_backbone_by_itself(tmp_path: Path) -> None:
     assert network.pretrained_cfg["mean"] == [0.5]
 
 
+def test_timm_loads_a_classifier_that_is_a_convolution_with_it(tmp_path: Path) -> None:
+    classifier = Classifier(create_backbone(BackboneSettings(name="dla46_c", stem="standard"), 3, 64, seed=3), 5).eval()
+    save_classifier(tmp_path, classifier, preprocessing(3, 64), tuple("abcde"))
+    network, again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval(), load_classifier(tmp_path)[0]
+    for loaded in (network, again):
+        torch.testing.assert_close(loaded(images(2, 3, 64)), classifier(images(2, 3, 64)))
+
+
+def test_the_number_of_features_is_what_the_classifier_gets(tmp_path: Path) -> None:
+    backbone = create_backbone(BackboneSettings(name="mobilenetv3_small_050", stem="standard"), 3, 64, seed=3).eval()
+    save_backbone(tmp_path, backbone, preprocessing(3, 64))
+    assert json.loads((tmp_path / "config.json").read_text())["num_features"] == backbone(images(2, 3, 64)).shape[1]
+
+
 @pytest.mark.parametrize(("name", "size", "channels"), CASES)
 def test_backbone_and_classifier_come_back_as_they_went(tmp_path: Path, name: str, size: int, channels: int) -> None:
     classifier = Classifier(backbone_of(name, size, channels), 3).eval()

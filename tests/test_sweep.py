@@ -130,6 +130,8 @@ def test_a_failing_run_is_named_and_stops_the_sweep(house: Any, modicum: Command
         (["seed=3"], "seed is moved by the sweep"),
         (["--over", "finetune.label_seed=1,2"], "finetune.label_seed is moved by the sweep"),
         (["--over", "data.split_seed=1,2"], "different test sets"),
+        (["--over", "data={name: digits, split_seed: 1},{name: digits, split_seed: 2}"], "different test sets"),
+        (["--over", "finetune.init=a/b,a_b"], "would share the folder"),
         (["--over", "finetune.labels"], "KEY=A,B,C"),
         (["--over", "finetune.labels=40,"], "KEY=A,B,C"),
         (["--over", "finetune.labels=40,40"], "twice"),
@@ -152,6 +154,8 @@ def test_mean_and_spread() -> None:
     assert (summary.mean, summary.spread, summary.count) == (statistics.fmean(values), statistics.stdev(values), 4)
     found = summaries({**row, "protocol": protocol, "k": k} for row in rows for k in (1, 20) for protocol in ("knn", "knn_whitened"))
     assert [(summary.protocol, summary.count) for summary in found] == [("knn, k 20", 4), ("knn_whitened, k 20", 4)]
+    tiny = summaries({**rows[0], "protocol": "knn", "k": k, "run": "tiny"} for k in (1, 5, 10))
+    assert [(summary.protocol, summary.count) for summary in tiny] == [("knn, k 10", 1)]
     (single,) = summaries(rows[:1])
     assert (single.mean, single.spread, single.count) == (0.91, None, 1)
 

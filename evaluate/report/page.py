@@ -54,6 +54,7 @@ def render(folder: Path, results: dict[str, Any], settings: dict[str, Any], conf
         matrix=matrix(results, confusion),
         pairs=pairs(results, confusion),
         classes=classes(results),
+        classes_cut=sum(entry["accuracy"] is not None for entry in results["per_class"]) > MOST_CLASSES,
         pictures=pictures,
         shown={"pretrained": "pretrained", "finetuned": "fine-tuned"}.get(results["neighbours_features"] or "", ""),
         facts=words.facts(results, settings),

@@ -19,8 +19,7 @@ OVER = {
 def headline(results: dict[str, Any]) -> list[str]:
     """What the headline says and what it does not."""
     head, images = results["headline"], results["images"]
-    a_class = head["labels"] / max(1, len(results["class_names"]))
-    told = f"{head['labels']:,} images" + (f" ({a_class:.0f} a class)" if a_class >= 1 and a_class == int(a_class) else "")
+    told = f"{head['labels']:,} images" + (f" ({images['a_class']} a class)" if images["a_class"] else "")
     if head["accuracy"] is None:
         if not images["test"]:
             first = "There are no test images, so nobody can say how often this classifier is right."
@@ -28,9 +27,11 @@ def headline(results: dict[str, Any]) -> list[str]:
         return ["There is no classifier to judge yet; below is what the features are worth."]
     low, high = head["interval"]
     right = round(head["accuracy"] * images["test"])
+    unseen = "no stage of training has seen"
+    if results["init"] == "backbone":
+        unseen = "stage two has not seen (what the given backbone was trained on is not known here)"
     sentences = [
-        f"Of {images['test']:,} test images, which no stage of training has seen, the classifier names {right:,} rightly, "
-        f"after being told the class of {told}.",
+        f"Of {images['test']:,} test images, which {unseen}, the classifier names {right:,} rightly, after being told the class of {told}.",
     ]
     if low < high:
         luck = "seed" if head["labels"] == images["all_labels"] else f"draw of the {head['labels']:,} labels"
@@ -59,10 +60,15 @@ def _probe(results: dict[str, Any]) -> list[str]:
     row = next((row for row in results["rows"] if row["protocol"] == "linear_cross_validated"), None)
     if row is None:
         return []
-    return [
+    sentences = [
         f"What can be said: a linear probe on {FEATURES[row['features']]}, cross-validated on the labels ({row['folds']}-fold), "
         f"rightly names {percent(row['top1'])} of the labelled images that were held out from it."
     ]
+    if alone := row["labels"] - row["images"]:
+        sentences.append(f"Of {alone:,} labelled images that are the only ones of their class it says nothing.")
+    if results["init"] == "backbone":
+        sentences.append("If the given backbone was tuned on these labels, the figure is too high.")
+    return sentences
 
 
 def gains(results: dict[str, Any]) -> list[str]:
@@ -89,7 +95,8 @@ def better(results: dict[str, Any]) -> list[str]:
     head = results["headline"]["accuracy"]
     if head is None:
         return []
-    above = [(line.few.top1, line.what) for line in lines(results) if not line.headline and line.few and line.few.top1 > head]
+    others = [line for line in lines(results) if line.on_test and not line.headline]
+    above = [(line.few.top1, line.what) for line in others if line.few and line.few.top1 > head]
     return [f"With the same labels, {what} reaches more: {percent(top1)}." for top1, what in sorted(above, reverse=True)[:1]]
 
 

@@ -104,7 +104,7 @@ class Stream:
     balanced: bool = False  # whether every class, not every image, comes equally often
     _ahead: Iterator[Tensor] = field(default_factory=lambda: iter(()), init=False)
     _next: int = field(default=-1, init=False)  # the step whose images come next from `_ahead`
-    _last: Tensor = field(default_factory=lambda: torch.empty(0), init=False)  # the images of the step before that
+    _recent: dict[int, Tensor] = field(default_factory=dict, init=False)  # step -> its images, of the last two
 
     @classmethod
     def of(
@@ -134,13 +134,15 @@ class Stream:
         mine, order = distributed.share(self.batch_size), self.order
         if isinstance(self.pixels, Tensor):
             return self.read(order(step)[mine])
-        if step == self._next - 1:
-            return self._last
+        if step in self._recent:
+            return self._recent[step]
         if step != self._next:
             rows = self.rows  # not `self`: a stream that nobody holds any more must end its workers
             self._ahead = self.pixels.ahead((rows[order(later)[mine]] for later in count(step)), mine.stop - mine.start)
-        self._next, self._last = step + 1, send(next(self._ahead), self.device)
-        return self._last
+        images = send(next(self._ahead), self.device)
+        self._recent = {step: images} | {earlier: kept for earlier, kept in self._recent.items() if earlier == step - 1}
+        self._next = step + 1
+        return images
 
     def sample(self, step: int) -> Sample:
         return Sample(self, step, self.order(step))

@@ -61,6 +61,9 @@ def read_parts(name: str, root: Path, files: list[Path]) -> tuple[list[Part], tu
     with _damage_reported(name, root):
         if name == "fashion_mnist":
             images, labels, test_images, test_labels = (_read_idx(file) for file in files)
+            classes = max(labels.max(initial=0), test_labels.max(initial=0)) + 1
+            if {images.ndim, test_images.ndim} != {3} or {labels.ndim, test_labels.ndim} != {1} or classes > 10:
+                raise RuntimeError("they do not hold images and labels of 10 classes")
             parts = [_part("train", images[:, None], labels), _part("test", test_images[:, None], test_labels)]
             return parts, tuple(datasets.FashionMNIST.classes)
         if name in {"cifar10", "cifar100"}:

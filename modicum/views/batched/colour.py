@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 GREY = (0.2989, 0.587, 0.114)  # ITU-R 601-2 luma, as torchvision rounds it
+FLAT = 1 / 512  # half a level of a byte: a channel that varies by less is constant, but for roundings of the operations before
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
@@ -107,7 +108,7 @@ def posterize(x: Tensor, levels: Tensor) -> Tensor:
 def autocontrast(x: Tensor) -> Tensor:
     """Stretches each channel to 0..1; a constant channel stays."""
     low, high = x.amin(2, keepdim=True), x.amax(2, keepdim=True)
-    flat = high == low
+    flat = high - low < FLAT
     low, width = low.masked_fill(flat, 0), (high - low).masked_fill(flat, 1)
     return (x - low).div_(width).clamp_(0, 1)
 

@@ -6,12 +6,13 @@ function of one image: numba does not vectorise it where the image is a part of 
 
 import numpy as np
 
-from modicum.views.batched.colour import CONTRAST, GREY, HUE, SATURATION
+from modicum.views.batched.colour import CONTRAST, FLAT, GREY, HUE, SATURATION
 from modicum.views.fused.compiled import Array, compiled
 
 # A plain number would make float64 of a loop in float32.
 ZERO, ONE, TWO, THREE, TINY = map(np.float32, (0, 1, 2, 3, 1e-20))
 RED, GREEN, BLUE = map(np.float32, GREY)
+FLAT_CHANNEL = np.float32(FLAT)
 
 
 @compiled
@@ -135,7 +136,7 @@ def _autocontrast(image: Array) -> None:
         for i in range(image.shape[1]):
             low = image[c, i] if image[c, i] < low else low
             high = image[c, i] if image[c, i] > high else high
-        if high > low:
+        if high - low >= FLAT_CHANNEL:
             for i in range(image.shape[1]):
                 image[c, i] = _clamp((image[c, i] - low) / (high - low))
 
