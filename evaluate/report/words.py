@@ -37,7 +37,7 @@ def headline(results: dict[str, Any]) -> list[str]:
         luck = "seed" if head["labels"] == images["all_labels"] else f"draw of the {head['labels']:,} labels"
         sentences.append(
             f"So of all images like these it names between {percent(low, unit=False)} and {percent(high)} rightly "
-            f"(a 95 % interval, which {images['test']:,} images can tell no closer). Another {luck} moves the figure too; "
+            f"(a 95 % interval; more test images would narrow it). Another {luck} moves the figure too; "
             "the command “modicum sweep” shows how far."
         )
     return sentences + _refits(results)
