@@ -208,7 +208,8 @@ class _Totals:
 
     def take(self, kept: Mapping[str, Tensor], device: torch.device) -> None:
         """This rank's part of what `of_all_ranks` gave; where their number was another, the first takes all."""
-        for name, pairs in kept.items():
+        for name, values in kept.items():
+            pairs = values.view(-1, 2)  # earlier versions kept rank 0's alone
             own = pairs[distributed.rank()] if len(pairs) == distributed.world_size() else pairs.sum(0) * is_rank_zero()
             self.sums[name] = own.to(device)
 
