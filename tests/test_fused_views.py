@@ -128,3 +128,17 @@ def test_where_nothing_may_be_kept_it_is_compiled_all_the_same(monkeypatch: pyte
 
 def _twice(value: np.float32) -> np.float32:
     return value + value
+
+
+def test_bits_do_not_depend_on_where_images_lie_in_memory() -> None:
+    """Compiled loops from one array to another choose between two codes by the arrays' addresses; both must add in one order."""
+    strong = policy("strong", 28, 1)
+    sizes, between = torch.Generator().manual_seed(0), []
+    for seed in range(20):
+        images = torch.randint(0, 256, (60, 1, 28, 28), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        draws = strong.draw(generator(seed, "view"), 60)
+        views = strong(images, draws)
+        for i in range(60):
+            between = [torch.empty(int(size)) for size in torch.randint(100, 60_000, (6,), generator=sizes)][1::2]  # moves what comes next
+            assert torch.equal(strong(images[i : i + 1], {key: value[i : i + 1] for key, value in draws.items()})[0], views[i])
+    assert between

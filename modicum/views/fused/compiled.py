@@ -10,14 +10,20 @@ Array = np.ndarray[Any, Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def compiled(function: Function) -> Function:
+def compiled(function: Function, *, reordered: bool = True) -> Function:
     """Without Python's lock, so that threads share a batch. Sums may be reordered, for every image alike.
 
     Kept in __pycache__ beside the source, or where NUMBA_CACHE_DIR says. A compiled function calls those of its own file alone, since
     numba looks at no other to see whether what it has kept is stale.
     """
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "nsz", "arcp"}}
+    fastmath = {"contract", "nsz", "arcp"} | ({"reassoc"} if reordered else set())
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": fastmath}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # there is no folder that may be written
         return njit(**options)(function)
+
+
+def in_order(function: Function) -> Function:
+    """The same, its sums as they stand. Of a loop from one array to another there are two codes, and where both lie in memory chooses."""
+    return compiled(function, reordered=False)
