@@ -130,7 +130,7 @@ class Stream:
         return send(self.pixels[send(rows, self.pixels.device) if isinstance(self.pixels, Tensor) else rows], self.device)
 
     def images(self, step: int) -> Tensor:
-        """uint8 (B, C, S, S) on the device: this rank's images of a step. Files are decoded ahead while step follows step, or repeats."""
+        """uint8 (B, C, S, S) on the device: this rank's images of a step. Files are decoded ahead while step follows step; two are kept."""
         mine, order = distributed.share(self.batch_size), self.order
         if isinstance(self.pixels, Tensor):
             return self.read(order(step)[mine])

@@ -7,7 +7,7 @@ function of one image: numba does not vectorise it where the image is a part of 
 import numpy as np
 
 from modicum.views.batched.colour import CONTRAST, FLAT, GREY, HUE, SATURATION
-from modicum.views.fused.compiled import Array, compiled
+from modicum.views.fused.compiled import Array, compiled, compiled_sum
 
 # A plain number would make float64 of a loop in float32.
 ZERO, ONE, TWO, THREE, TINY = map(np.float32, (0, 1, 2, 3, 1e-20))
@@ -21,7 +21,7 @@ def _clamp(value: np.float32) -> np.float32:
     return value if value < ONE else ONE
 
 
-@compiled
+@compiled_sum
 def _mean_grey(image: Array) -> np.float32:
     total, pixels = ZERO, image.shape[1]
     for i in range(pixels):

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from modicum.views.fused.compiled import Array, compiled, in_order
+from modicum.views.fused.compiled import Array, compiled
 
 # A plain number would make float64 of a loop in float32; a signed place is counted from the end where negative, which numba looks up.
 ZERO, HALF, ONE, TO_ONE = map(np.float32, (0, 0.5, 1, 1 / 255))
@@ -167,7 +167,7 @@ def blur(x: Array, which: Array, sigma: Array, taps: int) -> None:
                     _add(x[b, c, row], above, weight[reach - k], below, weight[reach - k])
 
 
-@in_order
+@compiled
 def sharpness(x: Array, which: Array, factor: Array) -> None:
     """Blends with the 3 x 3 smoothing by `factor` (n,): 0 smooth, 1 as it is. The outermost pixels stay."""
     channels, side = x.shape[1], x.shape[3]
