@@ -16,16 +16,17 @@ from concurrent.futures import ThreadPoolExecutor
 import faiss
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from modicum.hardware import has_fast_bf16
+from modicum.search_loops import best, reaching
 
 CELLS = 2**24  # products held at a time
 # Parts of the queries searched at a time where threads suffice: each has steps that one thread does alone, or that wait for memory.
 TOGETHER = 2
 TILE = 32  # bf16 numbers of a row that a processor multiplies at once: products of rows that fill such tiles are up to a third faster
 PART = 256  # rows rounded at a time: more leave memory behind that is freed and not given back
-COMPARED = 4096  # rows of products compared at a time, so that what is asked of them stays in the cache
 PIVOTS = 256  # rows by which queries are ordered
 LARGE = 16_384  # rows from which rounding the bank to bf16 pays
 GROUPED = 32  # rows of which only the largest product is looked at for the bound; fewer than all 32 are seldom near
@@ -48,7 +49,11 @@ class Bank:
 
         A row of the table for each of the bank, not for each query: the product is then up to a fifth faster.
         """
-        return self.rows @ queries.T, _slack(queries, _length(queries) * self.longest)
+        if torch.get_num_threads() > 1:
+            products = self.rows @ queries.T
+        else:  # a fifth faster on processors of AMD, but several threads it has for one part at a time alone
+            products = torch.from_numpy(np.matmul(self.rows.numpy(), queries.numpy().T))
+        return products, _slack(queries, _length(queries) * self.longest)
 
 
 class RoundedBank(Bank):
@@ -115,7 +120,10 @@ def nearest(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     each = threads // together
     torch.set_num_threads(each)  # here too: a thread that has worked for this one waits for more, and holds a core
     try:
-        with ThreadPoolExecutor(together, initializer=_compute_with, initargs=(each,)) as pool:
+        with (
+            threadpool_limits(each, user_api="blas"),  # numpy's
+            ThreadPoolExecutor(together, initializer=_compute_with, initargs=(each,)) as pool,
+        ):
             for _ in pool.map(answer, parts):  # an error or an interruption ends it with the parts that are at work
                 pass
     finally:
@@ -139,18 +147,10 @@ def _proposed(bank: Bank, queries: Tensor, k: int) -> tuple[np.ndarray, np.ndarr
     kth = _at_most_kth(products, k)
     certain = kth - bank.unit * kth.abs() - 2 * bound  # what k rows reach for certain, as a product that may be off
     least = (certain - 3 * bank.unit * certain.abs()).to(bank.kind)  # once for products, twice for itself
-    return np.divmod(_not_below(products, least), len(queries))
-
-
-def _not_below(products: Tensor, least: Tensor) -> np.ndarray:
-    """Positions, ascending, in the flattened `products` (N, Q). NaN, of which no bound is known, is not below."""
-    if products.dtype == torch.bfloat16 and bool((least > 0).all()):  # bits of positive numbers are in their order, and quick to compare
-        products, least = products.view(torch.int16), least.view(torch.int16)
-    elif products.dtype == torch.bfloat16:  # which numpy does not know
-        products, least = products.float(), least.float()
-    border = least.numpy()
-    found = [np.flatnonzero(~(part.numpy() < border)) for part in products.split(COMPARED)]
-    return np.concatenate([at * COMPARED * len(border) + positions for at, positions in enumerate(found)])
+    if bank.kind == torch.bfloat16:  # which numpy does not know
+        positive = bool((least > 0).all())  # bits of positive numbers are in their order, and quick to compare
+        products, least = (x.view(torch.int16) if positive else x.float() for x in (products, least))
+    return reaching(products.numpy(), least.numpy())
 
 
 def _at_most_kth(products: Tensor, k: int) -> Tensor:
@@ -170,15 +170,8 @@ def _most_similar(bank: Tensor, queries: Tensor, rows: np.ndarray, proposed_to: 
     faiss.pairwise_indexed_inner_product(  # type: ignore[attr-defined]  # of ascending rows, so that each is read once
         bank.shape[1], len(rows), *(faiss.swig_ptr(x) for x in (bank.numpy(), rows, queries.numpy(), proposed_to, similar))
     )
-    of_query = np.argsort(proposed_to.astype(np.min_scalar_type(len(queries))), kind="stable")  # small numbers are sorted without comparing
-    counts = np.bincount(proposed_to, minlength=len(queries))
-    first = counts.cumsum() - counts
-    table = torch.full((len(queries), int(counts.max())), -torch.inf)
-    query = proposed_to[of_query]
-    table[query, np.arange(len(rows)) - first[query]] = torch.from_numpy(similar[of_query])
-    values, order = table.sort(dim=1, descending=True, stable=True)
-    found = rows[of_query][first[:, None] + order[:, :k].numpy()]
-    return values[:, :k], torch.from_numpy(found)
+    values, found = best(similar, rows, proposed_to, len(queries), k)
+    return torch.from_numpy(values), torch.from_numpy(found)
 
 
 def _length(rows: Tensor) -> Tensor:

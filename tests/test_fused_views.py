@@ -7,9 +7,10 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
+from modicum import compiled
 from modicum.randomness import generator
 from modicum.views import Policy, batched, fused
-from modicum.views.fused import colour, compiled
+from modicum.views.fused import colour
 from modicum.views.randaugment import OPERATIONS
 from modicum.views.recipes import PAPERS
 from tests.test_views import close, pictures, policy

@@ -10,6 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from modicum import exact_search
 from modicum.neighbours import normalise, scores, search, usable
+from modicum.search_loops import best, reaching
 
 
 def reference(bank, labels, queries, k, temperature, num_classes):
@@ -181,6 +182,35 @@ def test_how_features_lie_in_memory_changes_nothing():
     bank, queries = drawn[:250], drawn[250:]
     for ours, others in zip(search(bank, queries, 5), search(np.asfortranarray(bank), np.asfortranarray(queries), 5), strict=True):
         np.testing.assert_array_equal(ours, others)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int16])
+@pytest.mark.parametrize("places", [1, 2**14])
+def test_cells_that_reach_their_border_are_listed_in_the_order_of_their_rows(kind, places, monkeypatch):
+    monkeypatch.setattr("modicum.search_loops.FEW", places)
+    random = np.random.default_rng(0)
+    products, border = random.integers(-50, 50, (300, 7)).astype(kind), random.integers(-50, 60, 7).astype(kind)
+    products[40:90] = -99
+    if kind == np.float32:
+        products[[3, 45], [2, 6]] = np.nan
+    rows, queries = reaching(products, border)
+    expected = [(row, query) for row in range(300) for query in range(7) if not products[row, query] < border[query]]
+    assert list(zip(rows, queries, strict=True)) == expected
+    assert rows.dtype == queries.dtype == np.int64
+
+
+def test_the_best_pairs_are_the_most_similar_then_the_lowest_rows_and_what_is_no_number_before_all():
+    pairs = [(9, 1, 0.5), (3, 0, -0.0), (4, 0, 0.0), (5, 0, -0.25), (6, 0, -np.nan), (2**32 - 1, 0, 0.0), (7, 1, 0.5), (8, 1, -0.75)]
+    rows, queries, similarities = (np.array(column, kind) for column, kind in zip(zip(*pairs, strict=True), (int, int, "f4"), strict=True))
+    values, found = best(similarities, rows, queries, 2, 3)
+    assert found.tolist() == [[6, 3, 4], [7, 9, 8]]
+    np.testing.assert_array_equal(values, np.array([[np.nan, 0, 0], [0.5, 0.5, -0.75]], dtype=np.float32))
+    random = np.random.default_rng(0)
+    queries, similarities = np.repeat(np.arange(5), 60), random.normal(size=300).astype(np.float32).round(1)
+    values, found = best(similarities, np.tile(np.arange(60), 5), queries, 5, 60)
+    order = np.argsort(-similarities.reshape(5, 60), axis=1, kind="stable")
+    np.testing.assert_array_equal(found, order)
+    np.testing.assert_array_equal(values, np.take_along_axis(similarities.reshape(5, 60), order, axis=1))
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modicum.compiled import Array
 from modicum.views.fused import colour, geometry, randaugment
-from modicum.views.fused.compiled import Array
 from modicum.views.randaugment import warp_matrices
 from modicum.views.recipes import Recipe
 

@@ -6,8 +6,8 @@ function of one image: numba does not vectorise it where the image is a part of 
 
 import numpy as np
 
+from modicum.compiled import Array, compiled, compiled_sum
 from modicum.views.batched.colour import CONTRAST, FLAT, GREY, HUE, SATURATION
-from modicum.views.fused.compiled import Array, compiled, compiled_sum
 
 # A plain number would make float64 of a loop in float32.
 ZERO, ONE, TWO, THREE, TINY = map(np.float32, (0, 1, 2, 3, 1e-20))

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from modicum.views.fused.compiled import Array, compiled
+from modicum.compiled import Array, compiled
 
 # A plain number would make float64 of a loop in float32; a signed place is counted from the end where negative, which numba looks up.
 ZERO, HALF, ONE, TO_ONE = map(np.float32, (0, 0.5, 1, 1 / 255))

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from modicum.compiled import Array
 from modicum.views.fused import colour, geometry
-from modicum.views.fused.compiled import Array
 from modicum.views.randaugment import BLENDS, OPERATIONS, WARPS
 
 FIRST_BLEND = OPERATIONS.index(BLENDS[0])

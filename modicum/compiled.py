@@ -1,4 +1,4 @@
-"""How loops over pixels are compiled: by numba, at their first call on a machine, and kept for the next process."""
+"""How loops that neither torch nor numpy has are compiled: by numba, at their first call on a machine, and kept for the next process."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def compiled(function: Function, *, reordered: bool = False) -> Function:
-    """Without Python's lock, so that threads share a batch. Kept in __pycache__ beside the source, or where NUMBA_CACHE_DIR says.
+    """Without Python's lock, so that threads share the work. Kept in __pycache__ beside the source, or where NUMBA_CACHE_DIR says.
 
     Sums stand as they are written: of a loop from one array to another there are two codes, and where the arrays lie in memory chooses. A
     compiled function calls those of its own file alone, since numba looks at no other to see whether what it has kept is stale.
