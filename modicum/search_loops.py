@@ -14,8 +14,8 @@ def reaching(products: Array, border: Array) -> tuple[Array, Array]:
     rows, queries = np.empty(FEW, np.int64), np.empty(FEW, np.int64)
     row, count = _list(products, border, rows, queries, 0, 0)
     while row < len(products):
-        room = 2 * len(rows) + len(border)
-        rows, queries = np.resize(rows, room), np.resize(queries, room)
+        for places in (rows, queries):
+            places.resize(2 * len(places) + len(border), refcheck=False)
         row, count = _list(products, border, rows, queries, row, count)
     return rows[:count], queries[:count]
 
