@@ -1,4 +1,4 @@
-"""`make bench`: every comparison, one after the other. `python -m benchmarks [CASE ...] [--quick] [--table]`"""
+"""`make bench`: every comparison, one after the other. `python -m benchmarks [CASE ...] [--quick]`"""
 
 import argparse
 import importlib
@@ -17,9 +17,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("words", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; without any, all of these; or {', '.join(LONG)}")
     parser.add_argument("--quick", action="store_true", help="seconds a case, to see that all still runs; the figures mean nothing")
     parser.add_argument(
-        "--table", action="store_true", help="measure nothing; write the kept results into benchmarks/README.md and README.md"
+        "--results",
+        type=Path,
+        help=f"the table to keep, none if --quick; by default {RESULTS.name} beside this file, from which both READMEs follow",
     )
-    parser.add_argument("--results", type=Path, help=f"the table to keep; by default {RESULTS.name} beside this file, none if --quick")
     asked = parser.parse_args(arguments)
     overrides = [word for word in asked.words if "=" in word]
     cases = [word for word in asked.words if "=" not in word]
@@ -29,12 +30,6 @@ def main(arguments: list[str] | None = None) -> None:
     if overrides and cases != ["end_to_end"]:
         parser.error(f"{overrides[0]} is a setting of the run that end_to_end measures: name that case alone, or leave the setting out")
     results = asked.results or (None if asked.quick else RESULTS)
-    if asked.table:
-        kept = asked.results or RESULTS
-        if not kept.is_file():
-            parser.error(f"{kept} is not there: measure something first")
-        write_table(kept)
-        return
     place = environment()  # now: results that are kept change the checkout
     say(place)
     output = standard_output()
@@ -51,6 +46,8 @@ def main(arguments: list[str] | None = None) -> None:
         output.print(table(case, rows))
         if results:
             keep(results, case, rows, place)
+        if results == RESULTS:
+            write_table()
         missed += sum(row.held is False for row in rows)
     if not asked.quick:
         output.print(f"Bars not held: {missed}. Cases skipped: {skipped}.")

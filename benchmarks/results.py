@@ -53,12 +53,13 @@ def environment() -> str:
 
 
 def processor_name() -> str:
-    """The model's name, which Python itself does not know on Linux."""
+    """The model's name, which Python itself does not know on Linux; with its numbers, since hypervisors give many models one name."""
     information = Path("/proc/cpuinfo")
     if information.is_file():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = (line.partition(":") for line in information.read_text(encoding="utf-8").split("\n\n", 1)[0].splitlines())
+        about = {key.strip(): value.strip() for key, _, value in lines}
+        if {"model name", "cpu family", "model"} <= about.keys():
+            return f"{about['model name']} (family {about['cpu family']}, model {about['model']})"
     return platform.processor() or platform.machine()
 
 

@@ -46,6 +46,11 @@ def write_table(path: Path, table: "pd.DataFrame", *, index: bool = False) -> No
         table.to_csv(file, index=index, lineterminator="\n")
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with `~` and `~user` as a shell has them. A user that is not known stays in it, where pathlib raises RuntimeError."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 def content_hash(path: Path) -> str:
     """32 hexadecimal digits of a file's content, or of the names and contents of all files below a folder."""
     digest = hashlib.blake2b(digest_size=16)

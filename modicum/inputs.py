@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from modicum.errors import InputError
-from modicum.files import content_hash
+from modicum.files import content_hash, expanded
 from modicum.settings import Experiment
 
 
@@ -39,7 +39,7 @@ def refuse_clearing(experiment: Experiment, folders: Iterable[Path]) -> None:
         for key, path in named.items():
             if path in (None, "pretrain", "random"):
                 continue
-            if Path(path).expanduser().resolve().is_relative_to(folder.resolve()):
+            if expanded(path).resolve().is_relative_to(folder.resolve()):
                 raise InputError(f"{key} = {path} lies in {folder}, which this command would clear: choose another folder by --run.")
 
 
@@ -49,7 +49,7 @@ def with_setting(experiment: Experiment, section: str, **values: object) -> Expe
 
 
 def _existing(key: str, named: str, kind: str) -> Path:
-    path = Path(named).expanduser().absolute()
+    path = expanded(named).absolute()
     if not path.exists():
         raise InputError(f"{key} = {named!r}: there is no such {kind}.")
     return path

@@ -5,6 +5,7 @@ settings) share its backbone, which saves most of the time; what several of them
 a shared backbone) is judged by the first, and all runs of one process share its imports.
 """
 
+import csv
 import gc
 import itertools
 import json
@@ -62,6 +63,7 @@ def sweep(
     _refuse_incomparable(config, members)  # all mistakes before the first hour of work
     backbones = _backbones(config, members, root, init)
     folders = tuple(member.folder for member in members)
+    _number_tables(root, members)
     rows: dict[Member, list[Row]] = {}
     # one bar for all, unless each run draws its own
     with progress("sweep", len(members), "runs", overall=True) if jobs > 1 else nullcontext(lambda: None) as advance:
@@ -98,6 +100,22 @@ def _work(request: Request, stages: Sequence[str], force: bool) -> float | None:
 
 def _stages(request: Request, skip_finetune: bool) -> list[str]:
     return [stage for stage in request.stages if stage != "finetune" or not skip_finetune]
+
+
+def _number_tables(root: Path, members: Iterable[Member]) -> None:
+    """An earlier sweep's tables get a number in their names where they hold a run that this sweep has not, and would lose it."""
+    path = root / "sweep.csv"
+    if not path.is_file():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        told = {(row.get("variant"), row.get("seed")) for row in csv.DictReader(file)}
+    if told <= {(member.variant, str(member.seed)) for member in members}:
+        return
+    number = next(number for number in itertools.count(1) if not (root / f"sweep-{number}.csv").exists())
+    for old in (path, path.with_suffix(".md")):
+        if old.exists():
+            old.rename(old.with_stem(f"sweep-{number}"))
+    say(f"{path} is of a sweep with other runs; it is kept as sweep-{number}.csv.")
 
 
 def _in_order(rows: dict[Member, list[Row]], members: Iterable[Member]) -> list[Row]:

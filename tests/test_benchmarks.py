@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import neighbours, pairs, results
+import benchmarks.__main__
+from benchmarks import neighbours, pairs, probe, results
 from benchmarks.__main__ import CASES, LONG, main
 from benchmarks.pairs import Row
 from modicum.hardware import Hardware
@@ -152,6 +153,7 @@ def test_the_tables_stand_between_the_markers(tmp_path: Path) -> None:
 def test_a_result_names_hardware_versions_and_commit() -> None:
     told = results.environment()
     assert f"torch {version('torch')}" in told
+    assert told.startswith(results.processor_name())
     assert re.search(r"\d+ cores; (cpu|cuda|mps).*(bf16|fp32).*; commit [0-9a-f]{9}", told)
 
 
@@ -189,6 +191,21 @@ def test_an_unknown_case_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["coffee"])
     assert f"unknown case 'coffee': choose of {', '.join((*CASES, *LONG))}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "kept", "told"), [([], True, True), (["--results", "other.csv"], True, False), (["--quick"], False, False)]
+)
+def test_what_is_kept_is_told_in_the_documents(
+    options: list[str], kept: bool, told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmarks.__main__, "RESULTS", tmp_path / "results.csv")
+    monkeypatch.setattr(benchmarks.__main__, "write_table", lambda: (tmp_path / "README.md").touch())
+    monkeypatch.setattr(probe, "run", lambda quick: ROWS[3:])
+    main(["probe", *options])
+    assert bool(list(tmp_path.glob("*.csv"))) == kept
+    assert (tmp_path / "README.md").exists() == told
 
 
 def quick_run(start: list[str], cases: tuple[str, ...], path: Path) -> str:

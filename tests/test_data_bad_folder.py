@@ -161,6 +161,7 @@ def test_a_csv_that_is_none(root, tmp_path):
     assert "(found: none)" in refusal(root, labels=path)
     assert "absent.csv is not there." in refusal(root, labels=tmp_path / "absent.csv")
     assert "is not there." in refusal(root, labels="l" * 300)
+    assert "data.labels=~nobody-here/l.csv is not there." in refusal(root, labels="~nobody-here/l.csv")
     (root / "beside.csv").write_text("path,label\n")
     assert f"did you mean {root / 'beside.csv'}?" in refusal(root, labels="beside.csv")
 
@@ -168,6 +169,7 @@ def test_a_csv_that_is_none(root, tmp_path):
 def test_folders_that_cannot_be_used(root, tmp_path):
     assert "data.root is not set" in refusal(None)
     assert "is not there" in refusal(root)
+    assert "data.root=~nobody-here/photos is not there" in refusal("~nobody-here/photos")
     assert "File name too long" in refusal(tmp_path / ("r" * 300))
     root.mkdir()
     assert "holds no image" in refusal(root)

@@ -308,9 +308,10 @@ def test_a_teacher_of_other_classes_or_images_is_refused(
         resolve(load_experiment("digits", [f"finetune.method={{name: {method}, teacher_from: {folder}}}"]), digits)
 
 
-def test_a_missing_teacher_is_refused_before_a_folder_is_made(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"finetune\.method\.teacher_from = 'nowhere': there is no such classifier folder\."):
-        make_request("digits", ["finetune.method={name: distill, teacher_from: nowhere}"], run=tmp_path / "run")
+@pytest.mark.parametrize("name", ["nowhere", "~nobody-here/teacher"])
+def test_a_missing_teacher_is_refused_before_a_folder_is_made(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=rf"finetune\.method\.teacher_from = '{name}': there is no such classifier folder\."):
+        make_request("digits", [f"finetune.method={{name: distill, teacher_from: {name}}}"], run=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -21,8 +21,8 @@ def settings_of(folder: str) -> dict[str, Any]:
     return dict(yaml.safe_load(Path(folder, "experiment.yaml").read_text()))
 
 
-def rows_of(folder: str) -> list[dict[str, str]]:
-    with Path(folder, "sweep.csv").open(newline="") as file:
+def rows_of(folder: str, name: str = "sweep") -> list[dict[str, str]]:
+    with Path(folder, f"{name}.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -88,6 +88,19 @@ def test_a_sweep_may_be_widened(house: Any, modicum: Command) -> None:
     assert {(row["variant"], row["seed"]) for row in rows_of("out")} == {
         (f"finetune.labels={labels}", seed) for labels in ("100", "40", "10") for seed in "01"
     }
+
+
+def test_another_sweep_in_the_same_folder_keeps_the_tables_of_the_first(house: Any, modicum: Command) -> None:
+    command = ["sweep", "digits", "--seeds", "1", "--run", "out", "--over"]
+    for labels in ("40,100", "100,250", "40,250"):
+        assert modicum(*command, f"finetune.labels={labels}") == 0
+    found = {name: {row["variant"] for row in rows_of("out", name)} for name in ("sweep-1", "sweep-2", "sweep")}
+    assert found == {
+        name: {f"finetune.labels={count}" for count in labels.split(",")}
+        for name, labels in (("sweep-1", "40,100"), ("sweep-2", "100,250"), ("sweep", "40,250"))
+    }
+    assert "labels=40" in Path("out/sweep-1.md").read_text()
+    assert "labels=40" not in Path("out/sweep-2.md").read_text()
 
 
 def test_what_is_done_is_skipped(house: Any, modicum: Command, capfd: pytest.CaptureFixture[str]) -> None:

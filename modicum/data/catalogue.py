@@ -6,6 +6,7 @@ from pathlib import Path
 
 from modicum.config import did_you_mean
 from modicum.errors import InputError
+from modicum.files import expanded
 from modicum.settings import DataSettings
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts it
@@ -67,7 +68,7 @@ def built_in(settings: DataSettings) -> BuiltIn:
 
 
 def download_root(settings: DataSettings) -> Path:
-    return settings.root.expanduser() if settings.root else cache_root()
+    return expanded(settings.root) if settings.root else cache_root()
 
 
 def find_set(settings: DataSettings) -> list[Path]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from modicum.errors import InputError
+from modicum.files import expanded
 from modicum.settings import DataSettings
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -44,7 +45,7 @@ def walk(root: Path | None) -> Tree:
     """
     if root is None:
         raise InputError("data.root is not set: set it to the folder that holds the images.")
-    root = root.expanduser()
+    root = expanded(root)
     tree = Tree(root, [], [], [])
     try:
         if not root.is_dir():
@@ -108,9 +109,9 @@ def label_file(settings: DataSettings) -> Path | None:
     """The CSV of labels, relative to the current folder, or None where sub-folders are the classes."""
     if settings.labels is None:
         return None
-    path = settings.labels.expanduser()
+    path = expanded(settings.labels)
     if not is_file(path):
-        beside = settings.root.expanduser() / path if settings.root else path
+        beside = expanded(settings.root) / path if settings.root else path
         hint = f": did you mean {beside}?" if is_file(beside) else "."
         raise InputError(f"data.labels={path} is not there{hint}")
     try:
