@@ -88,7 +88,7 @@ def run(quick: bool) -> Iterator[Row]:
         }
         experiment, _ = resolve(Experiment.model_validate(asked), images)
         hardware = choose_hardware(experiment)
-        peer = apart(peer_step, batch, experiment.finetune.mu, hardware.device)
+        peer = apart(peer_step, batch, int(experiment.finetune.mu), hardware.device)
         steps, theirs = (1, 1) if quick else steps_a_round(hardware.device)
         with peer as step, tempfile.TemporaryDirectory() as folder:
             training = begin(experiment, images, hardware, Path(folder))
@@ -107,7 +107,7 @@ def begin(experiment: Experiment, images: Images, hardware: Hardware, folder: Pa
     method: Any = find_method("finetune", "fixmatch").from_settings(backbone, facts, seed, settings.method)
     train = images.rows("train")
     rows = {"labelled": train[:LABELS], "unlabelled": train}
-    sizes = {"labelled": settings.batch_size, "unlabelled": settings.batch_size * settings.mu}
+    sizes = {"labelled": int(settings.batch_size), "unlabelled": int(settings.batch_size) * int(settings.mu)}
     assert isinstance(settings.views, list)  # resolved
     policies = [build_policy(policy, **view_arguments(experiment.data)) for policy in settings.views]
     streams = {

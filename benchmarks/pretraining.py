@@ -92,7 +92,7 @@ def build_method(experiment: Experiment, images: Images, device: torch.device) -
     assert isinstance(settings.views, list)  # resolved
     policies = [build_policy(policy, **views) for policy in settings.views]
     rows = images.rows("train")
-    return method, Stream.of(images, rows, policies, settings.batch_size, device, experiment.seed, "pretrain", "unlabelled")
+    return method, Stream.of(images, rows, policies, int(settings.batch_size), device, experiment.seed, "pretrain", "unlabelled")
 
 
 def begin(experiment: Experiment, images: Images, hardware: Hardware, folder: Path) -> Training:
@@ -106,7 +106,7 @@ def begin(experiment: Experiment, images: Images, hardware: Hardware, folder: Pa
         optimizer=build_optimizer(settings.optimizer, parameter_groups([(method, 1.0)], float(settings.optimizer.weight_decay))),
         schedule=schedule_with_warmup(settings.schedule, float(settings.warmup_epochs) / settings.epochs),
         steps=num_steps(settings, len(images.rows("train"))),
-        batch_size=settings.batch_size,
+        batch_size=int(settings.batch_size),
         folder=folder,
         hardware=hardware,
         seed=experiment.seed,
@@ -152,7 +152,7 @@ def lightly_step(name: str, experiment: Experiment, device: torch.device) -> Wor
     trained, loss_of = LIGHTLY_METHODS[name](backbone)
     trained.to(device)
     optimizer = torch.optim.SGD([parameter for parameter in trained.parameters() if parameter.requires_grad], lr=0.06)
-    loader = batches(Pictures(images, images.rows("train"), lightly_transform(name)), experiment.pretrain.batch_size)
+    loader = batches(Pictures(images, images.rows("train"), lightly_transform(name)), int(experiment.pretrain.batch_size))
 
     def step() -> None:
         views, _ = next(loader)

@@ -9,6 +9,7 @@ import numpy as np
 from modicum.config import flatten, load_experiment, shipped_configs
 from modicum.evaluate.metrics import class_accuracies
 from modicum.evaluate.rows import Judge, Row, Sets
+from modicum.method import find_method
 from modicum.provenance import provenance
 from modicum.session import Session
 from modicum.settings import Experiment
@@ -67,9 +68,12 @@ def results(session: Session, sets: Sets, judge: Judge, found: Findings, seconds
         "seed": experiment.seed,
         "label_seed": experiment.finetune.label_seed,
         "split_seed": experiment.data.split_seed,
+        "given": given(experiment),
         "init": experiment.finetune.init if experiment.finetune.init in ("pretrain", "random") else "backbone",
         "finish": experiment.finetune.finish,
         "methods": {"pretrain": experiment.pretrain.method["name"], "finetune": experiment.finetune.method["name"]},
+        "classifier": (session.folder.stage("finetune") / "classifier").is_dir(),
+        "takes_steps": bool(find_method("finetune", experiment.finetune.method["name"]).views),
         "backbone": experiment.backbone.name,
         "knn": {"temperature": experiment.evaluate.knn.temperature, "similarity": "cosine"},
         "neighbours_features": found.shown,
@@ -78,6 +82,17 @@ def results(session: Session, sets: Sets, judge: Judge, found: Findings, seconds
         "versions": provenance(),
         "seconds": round(seconds, 1),
     }
+
+
+def given(experiment: Experiment) -> list[str]:
+    """What the run learnt from beside its images and labels, whose own training is not known."""
+    init = experiment.finetune.init
+    found = {
+        "starting weights": init == "pretrain" and experiment.pretrain.init is not None,
+        "backbone": init not in ("pretrain", "random"),
+        "teacher": experiment.finetune.method.get("teacher_from") is not None,
+    }
+    return [name for name, there in found.items() if there]
 
 
 def labels_a_class(sets: Sets) -> int | None:

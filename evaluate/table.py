@@ -17,7 +17,12 @@ WEIGHTS = {
     "ema": "averaged weights (EMA)",
     "eman": "averaged weights and norm statistics (EMAN)",
 }
-FEATURES = {"pretrained": "pretrained features", "random": "a random encoder", "pixels": "raw pixels"}
+FEATURES = {
+    "pretrained": "pretrained features",
+    "finetuned": "fine-tuned features",
+    "random": "a random encoder",
+    "pixels": "raw pixels",
+}
 
 
 @dataclass(frozen=True)

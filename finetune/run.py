@@ -99,7 +99,7 @@ def training(session: Session, variant: Variant, method: SemiSupervised, monitor
     experiment, images, hardware = session.experiment, session.images, session.hardware
     settings, seed = experiment.finetune, experiment.seed
     rows = {"labelled": variant.labelled, "unlabelled": variant.unlabelled}
-    sizes = {"labelled": settings.batch_size, "unlabelled": settings.batch_size * settings.mu}
+    sizes = {"labelled": int(settings.batch_size), "unlabelled": int(settings.batch_size) * int(settings.mu)}
     assert isinstance(settings.views, list)  # resolved, as are the others
     assert isinstance(settings.labelled_views, list)
     chosen = {"labelled": settings.labelled_views, "unlabelled": settings.views}

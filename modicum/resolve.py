@@ -18,10 +18,11 @@ from modicum.optim import decide_optimizer
 from modicum.record import warn
 from modicum.refusals import refuse_idle_rates, refuse_long_warmup, refuse_norm, refuse_projector, warn_of_leak
 from modicum.settings import AUTO, DataSettings, Experiment, FinetuneSettings, PretrainSettings
-from modicum.small_data import BATCH, OPTIMIZER, WHY, is_small, milder, takes_ours
+from modicum.small_data import BATCH, OPTIMIZER, USUAL_BATCH, WHY, WHY_USUAL, is_small, milder, takes_ours
 from modicum.views.policies import build_policy
 
 MONITOR_READINGS = 20  # of the online kNN monitor over a run
+LABELLED, MU, WHOSE = 64, 7, "FixMatch's own"  # images of a step in stage two
 MOST_PROPAGATED = 200_000  # images among which labels are propagated unasked
 # Labels a class below which propagated labels end better alone than beside the trained head, and from which that stays as it is: the
 # first by docs/results.md, the second since nothing was measured with more.
@@ -64,10 +65,10 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
         refuse_norm(stage, method, section["method"])
         num_images = len(images.rows("train"))
         if stage == "pretrain":
-            decide("pretrain.", _batch_size(experiment.pretrain, num_images))
+            decide("pretrain.", _only_auto(section, _batch_size(experiment.pretrain, num_images)))
         else:
             refuse_projector(settings["pretrain"]["method"], experiment.finetune)
-            decide("finetune.", _images_a_step(experiment.finetune, method, images))
+            decide("finetune.", _only_auto(section, _images_a_step(experiment.finetune, method, images)))
             start = {
                 "ema_momentum": decide_momentum(0.999, section["steps"], share=0.1),
                 "export": _export(section["method"]),
@@ -78,6 +79,8 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
         batch, ranks = section["batch_size"], distributed.announced_ranks()
         if batch % ranks:
             raise InputError(f"{stage}.batch_size = {batch} cannot be dealt evenly to {ranks} ranks: choose a multiple of {ranks}.")
+        if batch == ranks and section["norm"] == "bn":
+            raise InputError(f"{stage}.batch_size = {batch} leaves each of {ranks} ranks one image, which has no variance: choose more.")
         facts = replace(stage_facts(stage, section, images), transformer=architecture.fixed_size)
         decide(f"{stage}.method.", method.decide(section["method"], facts))
         warn_of_leak(stage, section)
@@ -187,7 +190,7 @@ def stage_facts(stage: str, section: dict[str, Any], images: Images) -> Facts:
 
 def num_steps(settings: PretrainSettings, num_images: int) -> int:
     """Optimizer steps of stage one."""
-    return max(1, math.ceil(settings.epochs * num_images / settings.batch_size))
+    return max(1, math.ceil(settings.epochs * num_images / int(settings.batch_size)))
 
 
 def _only_auto(section: dict[str, Any], decisions: Decisions) -> Decisions:
@@ -251,20 +254,20 @@ def pixel_statistics(images: Images) -> tuple[list[float], list[float]]:
 
 
 def _batch_size(settings: PretrainSettings, num_images: int) -> Decisions:
-    if "batch_size" in settings.model_fields_set:
-        if settings.batch_size > num_images:
-            raise InputError(f"pretrain.batch_size = {settings.batch_size} is larger than the {num_images} training images.")
-        return {}
-    usual = BATCH if is_small(num_images) else settings.batch_size
+    if num_images < 2:
+        raise InputError("There is one training image, and nothing to compare it with: set data.root to a folder of more.")
+    if settings.batch_size != AUTO and settings.batch_size > num_images:
+        raise InputError(f"pretrain.batch_size = {settings.batch_size} is larger than the {num_images} training images.")
+    usual, why = (BATCH, WHY) if is_small(num_images) else (USUAL_BATCH, WHY_USUAL)
     if usual <= num_images:
-        return {"batch_size": (usual, WHY)}
+        return {"batch_size": (usual, why)}
     ranks = distributed.announced_ranks()
     half = num_images // 2 // (2 * ranks) * 2 * ranks  # even on each rank, so that it can be shuffled in groups
     return {"batch_size": (max(min(4, num_images), half), f"half of the {num_images} training images")}
 
 
 def _images_a_step(settings: FinetuneSettings, method: type[Method], images: Images) -> Decisions:
-    """Stage two's batch sizes, where those left out do not fit the data; labelled images may come twice a step, unlabelled ones not."""
+    """Stage two's batch sizes, for those left `auto`; labelled images may come twice a step, unlabelled ones not."""
     num_images, what = len(images.rows("train")), "training images"
     if not settings.labelled_in_unlabelled:
         known = int((images.labels[images.rows("train")] != UNKNOWN).sum())
@@ -274,18 +277,20 @@ def _images_a_step(settings: FinetuneSettings, method: type[Method], images: Ima
                 "finetune.labelled_in_unlabelled = false leaves no unlabelled image, since all training images give their label: leave it "
                 "out, or ask for fewer labels."
             )
+    given = {key: value for key in ("batch_size", "mu") if (value := getattr(settings, key)) != AUTO}
+    batch, mu = given.get("batch_size", LABELLED), given.get("mu", MU)
+    usual = {"batch_size": (batch, WHOSE), "mu": (mu, WHOSE)}
     if not method.views:  # it takes no step
-        return {}
-    mu, batch = settings.mu if "unlabelled" in method.views else 1, settings.batch_size
-    given = {"batch_size", "mu"} & settings.model_fields_set
+        return usual
     if "unlabelled" not in method.views and "mu" in given:
         warn(f"finetune.mu = {settings.mu} does nothing: {settings.method['name']} sees no unlabelled image.")
-    if mu * batch <= num_images:
-        return {}
+    seen = mu if "unlabelled" in method.views else 1
+    if seen * batch <= num_images:
+        return usual
     if given:
-        times = f" with mu = {mu}, {mu * batch} unlabelled images a step," if mu > 1 else ""
+        times = f" with mu = {mu}, {seen * batch} unlabelled images a step," if seen > 1 else ""
         raise InputError(f"finetune.batch_size = {batch}{times} is more than the {num_images} {what}: choose fewer, or leave both out.")
     ranks = distributed.announced_ranks()
-    fitting = min(batch, max(2, num_images // mu // ranks * ranks))
+    fitting = min(batch, max(2, num_images // seen // ranks * ranks))
     why = f"of the {num_images} {what}, none twice a step"
-    return {"batch_size": (fitting, why), "mu": (max(1, min(settings.mu, num_images // fitting)), why)}
+    return {"batch_size": (fitting, why), "mu": (max(1, min(mu, num_images // fitting)), why)}

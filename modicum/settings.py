@@ -14,6 +14,7 @@ AUTO: Any = "auto"
 Auto = Literal["auto"]
 # Upper bounds are far above all use: torch and numpy fail with more, often only after hours.
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Several = Annotated[int, Field(ge=2, le=1_000_000_000)]  # which have a variance
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Norm = Literal["bn", "sync_bn"]
 NotNegative = Annotated[float, Field(ge=0, le=1e6)]
@@ -97,7 +98,7 @@ class TeacherSettings(Settings):
 class PretrainSettings(Settings):
     method: PretrainMethod = Field({"name": "moco_v2"}, description="NAME, or {name: NAME, KEY: value} with the method's settings")
     epochs: Positive = Field(100, description="times every training image is seen")
-    batch_size: Annotated[int, Field(ge=2)] = Field(256, description="images a step, over all ranks; left out, 128 for small data sets")
+    batch_size: Auto | Several = Field("auto", description="images a step, over all ranks; auto: 256, and 128 for small data sets")
     norm: Norm = Field("bn", description="batch norm on several ranks, heads included: of each rank's images, or sync_bn, of all ranks'")
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: Literal["auto", "cosine", "step", "constant"] = Field("auto", description="learning rate over the run")
@@ -119,8 +120,8 @@ class FinetuneSettings(Settings):
         0.1, description="share of the labels held out to watch training, from 20 labels a class up; below that none"
     )
     steps: Count = Field(1000, description="optimizer steps")
-    batch_size: Count = Field(64, description="labelled images a step, over all ranks")
-    mu: Count = Field(7, description="unlabelled images a step for each labelled one")
+    batch_size: Auto | Several = Field("auto", description="labelled images a step, over all ranks; auto: 64, or what the data allow")
+    mu: Auto | Count = Field("auto", description="unlabelled images a step for each labelled one; auto: 7, or what the data allow")
     sampling: Literal["uniform", "balanced"] = Field(
         "uniform", description="labelled images of a step: each as often as others, or each class as often as others"
     )

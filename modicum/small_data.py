@@ -11,10 +11,10 @@ from modicum.settings import AUTO
 from modicum.views.recipes import Recipe as View
 
 SMALL_DATA = 50_000  # training images, below which these hold
-BATCH = 128  # many steps of few images beat few of many
+BATCH, USUAL_BATCH = 128, 256  # many steps of few images beat few of many; the other is for large sets
 OPTIMIZER = Recipe("adamw", lr=0.002, weight_decay=0.01, batch=BATCH, scaling="sqrt", warmup=0.03)
 CROP = 0.4  # share of the area that a view keeps at least: less of a small image shows cloth, or a stroke
-WHY = f"for fewer than {SMALL_DATA:,} images"
+WHY, WHY_USUAL = f"for fewer than {SMALL_DATA:,} images", f"for {SMALL_DATA:,} images or more"
 
 
 def is_small(num_images: int) -> bool:

@@ -32,7 +32,8 @@ def run(session: Session) -> None:
     rows = images.rows("train")  # test images are in no training stage
     assert isinstance(settings.views, list)  # resolved
     policies = [build_policy(policy, **view_arguments(experiment.data)) for policy in settings.views]
-    stream = Stream.of(images, rows, policies, settings.batch_size, hardware.device, experiment.seed, "pretrain", "unlabelled")
+    batch_size = int(settings.batch_size)
+    stream = Stream.of(images, rows, policies, batch_size, hardware.device, experiment.seed, "pretrain", "unlabelled")
     steps = num_steps(settings, len(rows))
 
     paces = {method.get_submodule(name): pace for name, pace in method.paces.items()}
@@ -44,7 +45,7 @@ def run(session: Session) -> None:
         optimizer=build_optimizer(settings.optimizer, groups),
         schedule=schedule_with_warmup(settings.schedule, float(settings.warmup_epochs) / settings.epochs),
         steps=steps,
-        batch_size=settings.batch_size,
+        batch_size=batch_size,
         folder=folder,
         hardware=hardware,
         seed=experiment.seed,
@@ -66,7 +67,7 @@ def monitors(session: Session, method: Method, backbone: Backbone, policies: lis
     collapse = Collapse(folder, method.collapse_causes, flatten(experiment.model_dump()))
     assert isinstance(method.student, nn.Sequential)
     embeddings = EmbeddingMonitor(images, policies, method.student, collapse, folder, hardware, experiment.seed)
-    every = max(1, math.ceil(float(settings.monitor_epochs) * num_images / settings.batch_size))
+    every = max(1, math.ceil(float(settings.monitor_epochs) * num_images / int(settings.batch_size)))
     return [
         *([Monitor(every, lambda _: knn.read(backbone))] if knn.possible else []),
         Monitor(every, embeddings.read),

@@ -98,6 +98,7 @@ def test_spellings_of_views(text: str, views: object) -> None:
         ("pretrain.epochs=abc", ["pretrain.epochs", "'abc'", "number"]),
         ("pretrain.epochs=0", ["pretrain.epochs", "greater than 0"]),
         ("pretrain.batch_size=1", ["pretrain.batch_size", "greater than or equal to 2"]),
+        ("finetune.batch_size=1", ["finetune.batch_size", "greater than or equal to 2"]),
         ("pretrain.optimizer.lr=.inf", ["pretrain.optimizer.lr", "finite"]),
         ("pretrain.optimizer.name=adam", ["pretrain.optimizer.name", "'adam'", "'adamw'"]),
         ("data.image_size=3", ["data.image_size", "greater than or equal to 8"]),

@@ -20,8 +20,9 @@ from modicum.data.images import Images
 from modicum.evaluate.report import Pictures
 from modicum.evaluate.report.charts import Series, heat_map, line_chart, thin, ticks
 from modicum.evaluate.report.curves import learning_charts
-from modicum.evaluate.report.page import markdown, render
-from modicum.evaluate.report.words import better, headline
+from modicum.evaluate.report.page import commands, markdown, render
+from modicum.evaluate.report.words import better, facts, headline
+from modicum.evaluate.results import given
 from modicum.evaluate.run import run
 from modicum.evaluate.table import results_markdown, results_table
 from modicum.hardware import Hardware
@@ -233,6 +234,8 @@ def test_table_says_in_plain_words_what_was_done(finished):
         "same network, supervised, from the backbone",
         "linear probe on pretrained features",
         "kNN (k 20) on pretrained features",
+        "linear probe on fine-tuned features",
+        "kNN (k 20) on fine-tuned features",
         "linear probe on a random encoder",
         "logistic regression on raw pixels",
         "kNN (k 20) on raw pixels",
@@ -254,7 +257,63 @@ def test_an_interval_is_no_promise_of_another_test(finished):
 def test_what_a_given_backbone_has_seen_is_not_claimed(finished):
     _, results = finished
     assert "no stage of training has seen" in headline(results)[0]
-    assert "what the given backbone was trained on is not known here" in headline({**results, "init": "backbone"})[0]
+    assert "given teacher" not in headline(results)[0]
+    told = headline({**results, "given": ["backbone", "teacher"]})[0]
+    assert "this run's training has not seen (what the given backbone and teacher learnt from is not known here)" in told
+    assert "(4 a class), and what the given teacher says." in told
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({}, []),
+        ({"finetune": {"init": "random"}}, []),
+        ({"finetune": {"init": "elsewhere"}}, ["backbone"]),
+        ({"pretrain": {"init": "weights.pt"}}, ["starting weights"]),
+        ({"pretrain": {"init": "weights.pt"}, "finetune": {"init": "random"}}, []),  # no stage one
+        ({"finetune": {"init": "elsewhere", "method": {"name": "distill", "teacher_from": "t"}}}, ["backbone", "teacher"]),
+        ({"finetune": {"method": {"name": "distill", "teacher_from": None}}}, []),
+    ],
+)
+def test_what_a_run_was_given_is_named(settings, found):
+    assert given(Experiment.model_validate(settings)) == found
+
+
+def test_what_a_given_backbone_may_know_is_said_beside_a_cross_validated_figure(finished):
+    _, results = finished
+    row = {"protocol": "finetuned_cross_validated", "folds": 4, "top1": 0.8, "low": 0.7, "high": 0.9, "images": 40}
+    told = headline({**results, "rows": [row], "given": ["teacher"]})
+    assert told[-1] == "If the given teacher learnt from these labels, the figure is too high."
+    assert "too high" not in " ".join(headline({**results, "rows": [row]}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "told"),
+    [
+        ({"method": "fixmatch"}, {}, "FixMatch, 1,000 steps, 64 labelled images a step"),
+        ({"method": "propagate"}, {"takes_steps": False, "methods": {"pretrain": "moco_v2", "finetune": "propagate"}}, "propagate"),
+        ({"method": {"name": "fixmatch", "rounds": 3}}, {}, "FixMatch, 3 rounds of 1,000 steps, 64 labelled images a step"),
+        ({"method": {"name": "fixmatch", "teacher_from": "t"}}, {}, "FixMatch, 1,000 steps, 64 labelled images a step, taught by t"),
+        ({"method": "fixmatch"}, {"classifier": False}, None),
+    ],
+)
+def test_facts_tell_what_stage_two_did(finished, settings, change, told):
+    _, results = finished
+    experiment = Experiment.model_validate({"finetune": {**settings, "batch_size": 64}})
+    assert dict(facts({**results, **change}, experiment.model_dump(mode="json"))).get("Stage two") == told
+
+
+def test_facts_tell_which_weights_stage_one_began_with(finished):
+    _, results = finished
+    settings = Experiment.model_validate({"pretrain": {"batch_size": 256, "init": "w.pt"}}).model_dump(mode="json")
+    assert dict(facts(results, settings))["Stage one"] == "MoCo v2, 100 epochs, 256 images a step, from the weights w.pt"
+
+
+def test_a_config_of_ones_own_is_repeated_from_the_run_folder(finished):
+    _, results = finished
+    again, seeds, _ = commands({**results, "config": None, "overrides": []})
+    assert again[1] == "modicum run RUN/experiment.yaml --run AGAIN"
+    assert seeds[1] == "modicum sweep RUN/experiment.yaml --seeds 5"
 
 
 def test_labels_a_class_are_told_where_each_has_as_many(finished):

@@ -4,13 +4,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 
 from modicum import small_data
 from modicum.config import flatten, load_experiment
 from modicum.data.images import UNKNOWN, Images
 from modicum.data.sources import load_images
 from modicum.errors import InputError
+from modicum.evaluate.results import reproduction
+from modicum.explain import commented
 from modicum.resolve import Reason, resolve, view_arguments
+from modicum.session import make_request
 from modicum.settings import AUTO, Experiment
 from modicum.views.policies import build_policy
 
@@ -147,6 +151,23 @@ def test_no_one_waits_for_neighbours_among_very_many_images_unasked(digits: Imag
     monkeypatch.setattr("modicum.resolve.MOST_PROPAGATED", 1000)
     assert resolved(digits)[0].finetune.warm_start == "none"
     assert resolved(digits, "finetune.warm_start=propagate")[0].finetune.warm_start == "propagate"
+
+
+def test_a_batch_size_that_is_asked_for_is_another_experiment_than_one_left_out() -> None:
+    left_out, asked_for = "pretrain={method: moco_v2}", "pretrain={method: moco_v2, batch_size: 256}"
+    assert len({make_request("digits", [override]).fingerprint("pretrain") for override in (left_out, asked_for)}) == 2
+    assert "pretrain.batch_size=256" in reproduction("digits", load_experiment("digits", [asked_for]))[1]
+
+
+def test_a_config_whose_data_are_not_there_leaves_batch_sizes_open() -> None:
+    again = Experiment.model_validate(yaml.safe_load(commented(load_experiment("folder"))))
+    assert (again.pretrain.batch_size, again.finetune.batch_size, again.finetune.mu) == ("auto", "auto", "auto")
+
+
+def test_one_training_image_is_refused(digits: Images) -> None:
+    one = Images("one", digits.pixels[:1], digits.manifest[:1].assign(split="train"), digits.class_names, digits.mirror)
+    with pytest.raises(InputError, match=r"one training image, and nothing to compare it with: set data\.root"):
+        resolve(load_experiment("digits", ["pretrain={}"]), one)
 
 
 def test_batches_of_stage_two_that_are_left_out_fit_the_data(digits: Images) -> None:
@@ -340,6 +361,7 @@ def three_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     ("overrides", "sentence"),
     [
         ([], "pretrain.batch_size = 128 cannot be dealt evenly to 3 ranks: choose a multiple of 3."),
+        (["pretrain.batch_size=3"], "pretrain.batch_size = 3 leaves each of 3 ranks one image, which has no variance: choose more."),
         (["pretrain.batch_size=240"], "finetune.batch_size = 16 cannot be dealt evenly to 3 ranks: choose a multiple of 3."),
         (
             ["pretrain.batch_size=240", "pretrain.method.teacher={norm: shuffle_bn, groups: 4}"],

@@ -109,13 +109,12 @@ def classes(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def commands(results: dict[str, Any]) -> list[tuple[str, str]]:
     """(what it does, command) to repeat the run and to see how far luck goes."""
-    config = results["config"] or "CONFIG"
-    own = "" if results["config"] else "; CONFIG is the file this run was made with"
+    config = results["config"] or "RUN/experiment.yaml"  # of a config that is not shipped all settings stand there
     given = "".join(f" {shlex.quote(override)}" for override in results["overrides"])
     moved = ("seed=", "finetune.label_seed=")  # by the sweep itself
     kept = "".join(f" {shlex.quote(override)}" for override in results["overrides"] if not override.startswith(moved))
     return [
-        (f"The same run again, in another folder{own}", f"modicum run {config} --run AGAIN{given}"),
+        ("The same run again, in another folder", f"modicum run {config} --run AGAIN{given}"),
         ("Five seeds and draws of the labels: mean and spread", f"modicum sweep {config} --seeds 5{kept}"),
         ("Label a folder of new images with this classifier", "modicum predict RUN IMAGES --out labels.csv"),
     ]

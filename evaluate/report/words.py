@@ -20,6 +20,7 @@ def headline(results: dict[str, Any]) -> list[str]:
     """What the headline says and what it does not."""
     head, images = results["headline"], results["images"]
     told = f"{head['labels']:,} images" + (f" ({images['a_class']} a class)" if images["a_class"] else "")
+    told += ", and what the given teacher says" if "teacher" in results["given"] else ""
     if head["accuracy"] is None:
         if not images["test"]:
             first = "There are no test images, so nobody can say how often this classifier is right."
@@ -28,8 +29,8 @@ def headline(results: dict[str, Any]) -> list[str]:
     low, high = head["interval"]
     right = round(head["accuracy"] * images["test"])
     unseen = "no stage of training has seen"
-    if results["init"] == "backbone":
-        unseen = "stage two has not seen (what the given backbone was trained on is not known here)"
+    if results["given"]:
+        unseen = f"this run's training has not seen (what the given {_given(results)} learnt from is not known here)"
     sentences = [
         f"Of {images['test']:,} test images, which {unseen}, the classifier names {right:,} rightly, after being told the class of {told}.",
     ]
@@ -51,7 +52,8 @@ def _refits(results: dict[str, Any]) -> list[str]:
     return [
         f"Cross-validated on the labels: refitted {row['folds']} times, each time without a part of them, stage two rightly names "
         f"{percent(row['top1'])} ({percent(row['low'], unit=False)} to {percent(row['high'], unit=False)}) of the {row['images']:,} images "
-        "whose labels were held out from it. It learnt from fewer labels than this classifier."
+        "whose labels were held out from it. It learnt from fewer labels than this classifier.",
+        *_unless_it_knew(results),
     ]
 
 
@@ -66,9 +68,15 @@ def _probe(results: dict[str, Any]) -> list[str]:
     ]
     if alone := row["labels"] - row["images"]:
         sentences.append(f"Of {alone:,} labelled images that are the only ones of their class it says nothing.")
-    if results["init"] == "backbone":
-        sentences.append("If the given backbone was tuned on these labels, the figure is too high.")
-    return sentences
+    return sentences + _unless_it_knew(results)
+
+
+def _given(results: dict[str, Any]) -> str:
+    return " and ".join(results["given"])
+
+
+def _unless_it_knew(results: dict[str, Any]) -> list[str]:
+    return [f"If the given {_given(results)} learnt from these labels, the figure is too high."] if results["given"] else []
 
 
 def gains(results: dict[str, Any]) -> list[str]:
@@ -109,19 +117,23 @@ def facts(results: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str, 
     grey = "grey" if pixels["channels"] == 1 else "colour"
     epochs = "epoch" if one["epochs"] == 1 else "epochs"
     stage_one = {
-        "pretrain": f"{spelt(results['methods']['pretrain'])}, {one['epochs']:g} {epochs}, {one['batch_size']} images a step",
+        "pretrain": f"{spelt(results['methods']['pretrain'])}, {one['epochs']:g} {epochs}, {one['batch_size']} images a step"
+        + (f", from the weights {one['init']}" if one["init"] else ""),
         "random": "none: random weights",
         "backbone": f"none: the backbone {two['init']}",
     }[results["init"]]
+    stage_two = {
+        "Stage two": f"{spelt(results['methods']['finetune'])}{_steps(two) if results['takes_steps'] else ''}",
+        "Classifier": f"{WEIGHTS[two['export']]}, as finetune.export says; no image has chosen them" if two["export"] in WEIGHTS else "",
+        "Its head": FINISH.get(two["finish"], ""),
+    }
     listed = [
         ("Data", f"{results['dataset']}: {images['train']:,} training and {images['test']:,} test images, {pixels['size']} pixels, {grey}"),
         ("Labels used", f"{images['labelled']:,} of {images['all_labels']:,} known, draw {results['label_seed']}"),
         ("Seeds", f"seed {results['seed']}, labels {results['label_seed']}, split {results['split_seed']}"),
         ("Backbone", results["backbone"]),
         ("Stage one", stage_one),
-        ("Stage two", f"{spelt(results['methods']['finetune'])}, {two['steps']:,} steps, {two['batch_size']} labelled images a step"),
-        ("Classifier", f"{WEIGHTS[two['export']]}, as finetune.export says; no image has chosen them" if two["export"] in WEIGHTS else ""),
-        ("Its head", FINISH.get(two["finish"], "")),
+        *(stage_two.items() if results["classifier"] else ()),
         ("kNN", f"cosine similarity, votes exp(similarity / {results['knn']['temperature']:g})"),
         ("Whitened features", WHITENED if any(row["protocol"] == "knn_whitened" for row in results["rows"]) else ""),
         ("Linear probe", "logistic regression on standardised features, regularisation chosen on the labels"),
@@ -131,6 +143,14 @@ def facts(results: dict[str, Any], settings: dict[str, Any]) -> list[tuple[str, 
         ("Commit", commit + (", with changes that were not committed" if modified else "") if commit else ""),
     ]
     return [(name, value) for name, value in listed if value]
+
+
+def _steps(two: dict[str, Any]) -> str:
+    """How long stage two was, of its settings, and who taught."""
+    method, length = two["method"], f"{two['steps']:,} steps"
+    rounds = f"{method['rounds']} rounds of {length}" if "rounds" in method else length
+    teacher = f", taught by {method['teacher_from']}" if method.get("teacher_from") else ""
+    return f", {rounds}, {two['batch_size']} labelled images a step{teacher}"
 
 
 def plain(text: str) -> str:
