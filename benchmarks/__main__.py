@@ -1,10 +1,9 @@
 """`make bench`: every comparison, one after the other. `python -m benchmarks [CASE ...] [--quick]`"""
 
 import argparse
-import importlib
 from pathlib import Path
 
-from benchmarks.pairs import Skipped
+from benchmarks.pairs import Skipped, rows_of
 from benchmarks.results import RESULTS, environment, keep, table, write_table
 from modicum.record import say, standard_output, warn
 
@@ -36,9 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     missed, skipped = 0, 0
     for case in cases or CASES:
         say(f"{case}: measuring")
-        measure = importlib.import_module(f"benchmarks.{case}").run
         try:
-            rows = list(measure(asked.quick, overrides) if overrides else measure(asked.quick))
+            rows = rows_of(case, asked.quick, overrides)
         except Skipped as reason:
             warn(f"{case} is skipped: {reason}")
             skipped += 1

@@ -4,10 +4,12 @@ Candidates alternate within one run, so that whatever else the machine does fall
 run. Single figures move with the machine and its neighbours, ratios much less.
 """
 
+import importlib
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -50,6 +52,20 @@ class Row:
     @property
     def held(self) -> bool | None:
         return None if self.bar is None or self.ratio is None else self.ratio >= self.bar
+
+
+def rows_of(case: str, quick: bool, overrides: Sequence[str] = ()) -> list[Row]:
+    """The rows of a case, measured in a process of its own: what one case leaves behind in memory would slow the next, or serve it.
+
+    Raises Skipped where the case cannot run.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_measure, case, quick, overrides).result()
+
+
+def _measure(case: str, quick: bool, overrides: Sequence[str]) -> list[Row]:
+    run = importlib.import_module(f"benchmarks.{case}").run
+    return list(run(quick, overrides) if overrides else run(quick))
 
 
 def device_clock(device: torch.device) -> Clock:

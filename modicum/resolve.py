@@ -256,7 +256,7 @@ def pixel_statistics(images: Images) -> tuple[list[float], list[float]]:
 def _batch_size(settings: PretrainSettings, num_images: int) -> Decisions:
     if num_images < 2:
         raise InputError("There is one training image, and nothing to compare it with: set data.root to a folder of more.")
-    if settings.batch_size != AUTO and settings.batch_size > num_images:
+    if isinstance(settings.batch_size, int) and settings.batch_size > num_images:
         raise InputError(f"pretrain.batch_size = {settings.batch_size} is larger than the {num_images} training images.")
     usual, why = (BATCH, WHY) if is_small(num_images) else (USUAL_BATCH, WHY_USUAL)
     if usual <= num_images:

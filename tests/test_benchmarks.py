@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import benchmarks.__main__
-from benchmarks import neighbours, pairs, probe, results
+from benchmarks import neighbours, pairs, results
 from benchmarks.__main__ import CASES, LONG, main
 from benchmarks.pairs import Row
 from modicum.hardware import Hardware
@@ -202,15 +202,15 @@ def test_what_is_kept_is_told_in_the_documents(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(benchmarks.__main__, "RESULTS", tmp_path / "results.csv")
     monkeypatch.setattr(benchmarks.__main__, "write_table", lambda: (tmp_path / "README.md").touch())
-    monkeypatch.setattr(probe, "run", lambda quick: ROWS[3:])
+    monkeypatch.setattr(benchmarks.__main__, "rows_of", lambda case, quick, overrides: ROWS[3:])
     main(["probe", *options])
     assert bool(list(tmp_path.glob("*.csv"))) == kept
     assert (tmp_path / "README.md").exists() == told
 
 
-def quick_run(start: list[str], cases: tuple[str, ...], path: Path) -> str:
+def quick_run(cases: tuple[str, ...], path: Path) -> str:
     """Runs the cases as the command does, in seconds each; returns what it told."""
-    command = [sys.executable, *start, *cases, "--quick", "--results", str(path)]
+    command = [sys.executable, "-m", "benchmarks", *cases, "--quick", "--results", str(path)]
     done = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stderr
@@ -219,7 +219,7 @@ def quick_run(start: list[str], cases: tuple[str, ...], path: Path) -> str:
 @pytest.fixture(scope="module")
 def everything(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     path = tmp_path_factory.mktemp("quick") / "results.csv"
-    return path, quick_run(["-m", "benchmarks"], (*CASES, *LONG), path)
+    return path, quick_run((*CASES, *LONG), path)
 
 
 @pytest.mark.slow
@@ -235,13 +235,15 @@ def test_every_case_still_runs(case: str, everything: tuple[Path, str]) -> None:
     assert all(row.median > 0 and row.best > 0 for row in rows)
 
 
-WITHOUT = "import sys; sys.modules.update(dict.fromkeys(('lightly', 'kornia'))); from benchmarks.__main__ import main; main(sys.argv[1:])"
+WITHOUT = "import sys; sys.modules.update(dict.fromkeys(('lightly', 'kornia')))"  # in every process that Python starts
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (find_spec("lightly") or find_spec("kornia")), reason="no extra is installed, so every run is one without")
-def test_a_peer_that_is_not_installed_is_left_out_and_named(tmp_path: Path) -> None:
-    told = quick_run(["-c", WITHOUT], ("views", "neighbours"), tmp_path / "results.csv")
+def test_a_peer_that_is_not_installed_is_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    told = quick_run(("views", "neighbours"), tmp_path / "results.csv")
     assert "kornia is not installed" in told
     assert "lightly is not installed" in told
     rows = results.read(tmp_path / "results.csv")

@@ -260,7 +260,7 @@ def test_what_a_given_backbone_has_seen_is_not_claimed(finished):
     assert "given teacher" not in headline(results)[0]
     told = headline({**results, "given": ["backbone", "teacher"]})[0]
     assert "this run's training has not seen (what the given backbone and teacher learnt from is not known here)" in told
-    assert "(4 a class), and what the given teacher says." in told
+    assert told.endswith(", and what the given teacher says.")
 
 
 @pytest.mark.parametrize(
