@@ -200,6 +200,13 @@ def test_simclrs_temperature_is_that_of_small_images_or_of_large_ones(digits: Im
     assert resolved(digits, "pretrain.method=simclr_v2")[0].pretrain.method["temperature"] == 0.1
 
 
+@pytest.mark.parametrize(("epochs", "start"), [(100, 15), (12, 3)])
+def test_swavs_queue_is_used_in_short_runs_too(digits: Images, epochs: int, start: float) -> None:
+    experiment, _ = resolved(digits, f"pretrain={{method: {{name: swav, queue_size: 512}}, epochs: {epochs}}}")
+    assert experiment.pretrain.method["queue_epochs"] == pytest.approx(start, abs=0.1)
+    assert resolve(experiment, digits) == (experiment, [])
+
+
 def test_what_keeps_small_images_from_staying_together_is_on_for_small_images_alone(digits: Images) -> None:
     pixels = digits.pixels[:400].repeat_interleave(12, dim=2).repeat_interleave(12, dim=3)
     large_images = Images("large", pixels, digits.manifest[:400], digits.class_names, digits.mirror)
@@ -311,6 +318,14 @@ def test_crops_that_the_network_does_not_take_are_refused(backbone: str, sentenc
             "choose a multiple of 8, from 16 on",
         ),
         ("pretrain.method={name: swav, queue_epochs: 3}", "queue_epochs = 3 would do nothing without a queue"),
+        (
+            "pretrain={method: {name: swav, queue_size: 512, queue_epochs: 15}, epochs: 10}",
+            "queue_epochs = 15 leaves the queue out of the whole run of 10.1 epochs",
+        ),
+        (
+            "pretrain={method: {name: swav, queue_size: 1000}, epochs: 0.5}",
+            "queue_size = 1000 would do nothing, since it takes 8 steps to fill and the run has 6",
+        ),
         ("pretrain.method={name: moco_v3, frozen_patches: true}", "the backbone is no transformer"),
         (
             "pretrain={method: simclr, views: [{name: simclr}, {name: simclr, size: 8}]}",

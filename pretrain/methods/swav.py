@@ -23,6 +23,7 @@ from modicum.pretrain.queue import Queue
 from modicum.settings import AUTO
 
 PAPER_PROTOTYPES = 3000
+PAPER_QUEUE_EPOCHS = 15.0
 
 
 class SwAV(Method):
@@ -55,9 +56,7 @@ class SwAV(Method):
         self.prototypes = Prototypes(embedding_size, num_prototypes)
         self.paces = {"prototypes": Pace(starts=facts.share_of_run(frozen_epochs))}
         self.queues = nn.ModuleList(Queue(queue_size, embedding_size, seed) for _ in range(2 if queue_size else 0))
-        if queue_size:
-            full = math.ceil(queue_size / facts.batch_size)  # steps until it holds embeddings and nothing else
-            self.queue_starts = max(full, round(queue_epochs * facts.num_images / facts.batch_size))
+        self.queue_starts = _queue_starts(queue_size, queue_epochs, facts) if queue_size else 0
         self.temperature, self.epsilon, self.rounds = temperature, epsilon, sinkhorn_rounds
 
     def forward(self, batch: Batch) -> Loss:
@@ -100,10 +99,34 @@ class SwAV(Method):
             small = facts.image_size <= SMALL_IMAGE
             why = f"for images of up to {SMALL_IMAGE} px, whose embeddings begin close together" if small else "the paper's"
             decisions["epsilon"] = 0.02 if small else 0.05, why
-        if settings["queue_epochs"] == AUTO and settings["queue_size"]:
-            decisions["queue_epochs"] = 15.0, "the paper's"
+        if settings["queue_size"]:
+            decisions |= _decide_queue(settings, facts)
         if settings["num_prototypes"] == AUTO:
             together = facts.batch_size + settings["queue_size"]
             why = f"the paper's {PAPER_PROTOTYPES}, or one for each of the {together} images assigned together"
             decisions["num_prototypes"] = min(PAPER_PROTOTYPES, together), why
         return decisions
+
+
+def _queue_starts(size: int, epochs: float, facts: Facts) -> int:
+    """The step from which the queue is used: `epochs` are over, and it holds embeddings and nothing else."""
+    return max(math.ceil(size / facts.batch_size), round(epochs * facts.num_images / facts.batch_size))
+
+
+def _decide_queue(settings: Mapping[str, Any], facts: Facts) -> Decisions:
+    """The first epochs without the queue, where they are left `auto`. Raises InputError for a queue that would never be used."""
+    size, epochs, run = settings["queue_size"], settings["queue_epochs"], facts.steps * facts.batch_size / facts.num_images
+    if _queue_starts(size, 0, facts) >= facts.steps:
+        raise InputError(
+            f"pretrain.method.queue_size = {size} would do nothing, since it takes {math.ceil(size / facts.batch_size)} steps to fill and "
+            f"the run has {facts.steps}: choose a smaller one, or more epochs."
+        )
+    if epochs == AUTO:
+        return {
+            "queue_epochs": min((PAPER_QUEUE_EPOCHS, "the paper's"), (round(run / 4, 2), "a quarter of the run, less than the paper's 15"))
+        }
+    if _queue_starts(size, epochs, facts) >= facts.steps:
+        raise InputError(
+            f"pretrain.method.queue_epochs = {epochs:g} leaves the queue out of the whole run of {run:.3g} epochs: choose fewer, or auto."
+        )
+    return {}
