@@ -17,6 +17,7 @@ from modicum.errors import InputError
 from modicum.settings import Experiment
 
 Model = TypeVar("Model", bound=BaseModel)
+MERGE = "tag:yaml.org,2002:merge"
 
 
 def shipped_configs() -> list[str]:
@@ -33,12 +34,14 @@ def _shipped() -> dict[str, Traversable]:
 class _Reader(yaml.SafeLoader):
     """YAML's safe reader, which refuses a key given twice instead of keeping the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)  # as it is written: merge keys (`<<`) bring in their mappings later
+        written = [key for key, _ in node.value if key.tag != MERGE]
+        keys = [self.construct_object(key, deep=True) for key in written]
         for number, key in enumerate(keys):
             if key in keys[:number]:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.value[number][0].start_mark)
-        return super().construct_mapping(node, deep)
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", written[number].start_mark)
+        return node
 
 
 def _read(text: str) -> Any:

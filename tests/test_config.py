@@ -153,6 +153,28 @@ def test_broken_files_are_named(text: str, word: str, tmp_path: Path) -> None:
     assert word in message
 
 
+def test_blocks_may_be_merged_by_yamls_merge_keys(tmp_path: Path) -> None:
+    text = "pretrain: {optimizer: &first {name: sgd, lr: 0.1}}\nfinetune: {optimizer: {<<: *first, lr: 0.2}}\n"
+    experiment = load_experiment(write(tmp_path, text))
+    assert [(stage.optimizer.name, stage.optimizer.lr) for stage in (experiment.pretrain, experiment.finetune)] == [
+        ("sgd", 0.1),
+        ("sgd", 0.2),
+    ]
+    assert "the key 'lr' is given twice" in sentence(write(tmp_path, "pretrain: {optimizer: {<<: {name: sgd}, lr: 0.1, lr: 0.2}}\n"))
+
+
+def test_a_block_that_is_merged_further_before_it_is_read_itself_repeats_no_key(tmp_path: Path) -> None:
+    text = (
+        "pretrain: {method: {teacher: &second {<<: &first {norm: bn, momentum: 0.9}, momentum: 0.99}}}\n"
+        "finetune: {method: {<<: {teacher: *first}, name: mean_teacher}, optimizer: {<<: *second, name: sgd, lr: 0.1}}\n"
+    )
+    assert "unknown key 'finetune.optimizer.norm'" in sentence(write(tmp_path, text))
+    experiment = load_experiment(write(tmp_path, text.replace("norm: bn, ", "")))
+    assert experiment.pretrain.method["teacher"] == {"momentum": 0.99}
+    assert experiment.finetune.method == {"teacher": {"momentum": 0.9}, "name": "mean_teacher"}
+    assert experiment.finetune.optimizer.momentum == 0.99
+
+
 def test_unknown_config() -> None:
     assert "did you mean 'digits'" in sentence("digit")
     assert "no config file nothing.yaml" in sentence("nothing.yaml")
