@@ -91,12 +91,13 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         raise InputError(f"The value of {override!r} is not valid YAML ({problem}); quote it if it is a text.") from None
     *parents, last = key.split(".")
     for depth, parent in enumerate(parents):
-        below = content[parent] = content.get(parent) or {}
+        below = content.get(parent) or {}
         if isinstance(below, str):  # `method: moco_v2` is edited as {name: moco_v2}
-            below = content[parent] = {"name": below}
+            below = {"name": below}
         if not isinstance(below, dict):
             raise InputError(f"{'.'.join(parents[: depth + 1])} holds {below!r}, so {key} cannot be set.")
-        content = below
+        content[parent] = dict(below)  # a copy: an alias in the file may share the block with others
+        content = content[parent]
     content[last] = value
 
 

@@ -163,6 +163,12 @@ def test_blocks_may_be_merged_by_yamls_merge_keys(tmp_path: Path) -> None:
     assert "the key 'lr' is given twice" in sentence(write(tmp_path, "pretrain: {optimizer: {<<: {name: sgd}, lr: 0.1, lr: 0.2}}\n"))
 
 
+def test_an_override_of_a_block_that_an_alias_shares_leaves_the_other_as_it_is(tmp_path: Path) -> None:
+    config = write(tmp_path, "pretrain: {optimizer: &same {name: sgd, lr: 0.1}}\nfinetune: {optimizer: *same}\n")
+    experiment = load_experiment(config, ["pretrain.optimizer.lr=0.2"])
+    assert (experiment.pretrain.optimizer.lr, experiment.finetune.optimizer.lr) == (0.2, 0.1)
+
+
 def test_a_block_that_is_merged_further_before_it_is_read_itself_repeats_no_key(tmp_path: Path) -> None:
     text = (
         "pretrain: {method: {teacher: &second {<<: &first {norm: bn, momentum: 0.9}, momentum: 0.99}}}\n"
