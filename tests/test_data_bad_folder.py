@@ -150,6 +150,12 @@ def test_a_missing_or_repeated_column_is_named(root, tmp_path, header, settings,
     assert sentence in refusal(root, labels=write_csv(tmp_path / "l.csv", "0.png,a", header=header), **settings)
 
 
+@pytest.mark.parametrize("setting", ["path_column", "label_column", "split_column"])
+def test_a_column_without_a_csv_is_refused(root, setting):
+    write_flat(root, 3)
+    assert f"data.{setting} = 'kind' would do nothing without data.labels" in refusal(root, **{setting: "kind"})
+
+
 def test_a_csv_that_is_none(root, tmp_path):
     write_flat(root, 3)
     path = tmp_path / "l.csv"

@@ -271,6 +271,9 @@ def test_eurosat_is_split_by_class(tmp_path, monkeypatch):
         ({"name": "digitz"}, "Unknown data.name 'digitz': did you mean 'digits'?"),
         ({"name": "imagenet"}, "Unknown data.name 'imagenet'"),
         ({"name": "digits", "labels": "labels.csv"}, "data.labels is for data.name=folder"),
+        ({"name": "digits", "root": "photos"}, "data.root = photos would do nothing: digits comes with scikit-learn. Set data.name=folder"),
+        ({"name": "digits", "label_column": "species"}, "data.label_column = 'species' would do nothing without data.labels"),
+        ({"name": "fashion_mnist", "split_column": "fold"}, "data.split_column = 'fold' would do nothing without data.labels"),
         ({"name": "fashion_mnist", "test_fraction": 0.5}, "fashion_mnist has a test split of its own"),
     ],
 )

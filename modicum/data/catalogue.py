@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modicum.config import did_you_mean
+from modicum.data.listing import refuse_idle_columns
 from modicum.errors import InputError
 from modicum.files import expanded
 from modicum.settings import DataSettings
@@ -60,6 +61,12 @@ def built_in(settings: DataSettings) -> BuiltIn:
         raise InputError(f"Unknown data.name {name!r}{did_you_mean(name, [*BUILT_IN, 'folder'])}")
     if settings.labels is not None:
         raise InputError(f"data.labels is for data.name=folder; {name} has labels of its own: remove the setting.")
+    refuse_idle_columns(settings)
+    if settings.root is not None and not BUILT_IN[name].files:
+        raise InputError(
+            f"data.root = {settings.root} would do nothing: {name} comes with scikit-learn. Set data.name=folder for images of your own, "
+            "or remove the setting."
+        )
     if settings.cache != "auto" and name != "eurosat":  # which is a folder of images
         raise InputError(f"data.cache is for folders of images; {name} is kept in memory: remove the setting.")
     if settings.test_fraction != "auto" and BUILT_IN[name].test_fraction is None:

@@ -108,6 +108,7 @@ def _is_text(path: str) -> bool:
 def label_file(settings: DataSettings) -> Path | None:
     """The CSV of labels, relative to the current folder, or None where sub-folders are the classes."""
     if settings.labels is None:
+        refuse_idle_columns(settings)
         return None
     path = expanded(settings.labels)
     if not is_file(path):
@@ -119,3 +120,13 @@ def label_file(settings: DataSettings) -> Path | None:
     except OSError as error:
         raise InputError(f"data.labels={path} cannot be read: {error.strerror}.") from None
     return path
+
+
+def refuse_idle_columns(settings: DataSettings) -> None:
+    """Raises InputError for the header of a column, where there is no CSV."""
+    for key in ("path_column", "label_column", "split_column"):
+        given = getattr(settings, key)
+        if given != DataSettings.model_fields[key].default:
+            raise InputError(
+                f"data.{key} = {given!r} would do nothing without data.labels, a folder's CSV: give that too, or remove the setting."
+            )
