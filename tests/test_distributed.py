@@ -132,6 +132,7 @@ def teacher(norm: str, **more: Any) -> dict[str, Any]:
 # Backbone, method, norm, settings. None may depend on ranks but the last, without which the comparison would prove nothing.
 CASES: dict[str, tuple[type[nn.Module], str, str, dict[str, Any]]] = {
     "moco_v2-no_norm": (NormFree, "moco_v2", "bn", {"queue_size": 64, **teacher("bn")}),
+    "moco_v2-no_norm-symmetric": (NormFree, "moco_v2", "bn", {"queue_size": 64, "symmetric": True, **teacher("bn")}),
     "moco_v2-no_norm-shuffle_bn": (NormFree, "moco_v2", "bn", {"queue_size": 40, **teacher("shuffle_bn", groups=2)}),
     "moco_v2-shuffle_bn": (Normed, "moco_v2", "bn", {"queue_size": 40, **teacher("shuffle_bn", groups=4)}),
     "moco_v2-sync_bn": (Normed, "moco_v2", "bn", {"queue_size": 64, **teacher("sync_bn")}),

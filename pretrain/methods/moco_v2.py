@@ -61,12 +61,12 @@ class MoCoV2(Method):
             k = F.normalize(self.teacher(images, view=key).float(), dim=1)  # (N, D), no gradient
             losses.append(info_nce(q, k, self.queue.keys, self.temperature))
             keys.append(k)
-        self.new_keys = torch.cat(keys)
+        self.new_keys = keys
         return Loss(torch.stack(losses).sum())
 
     def after_step(self, progress: Progress) -> None:
         self.teacher.update(self.student)
-        self.queue.enqueue(distributed.gather(self.new_keys))
+        self.queue.enqueue(torch.cat([distributed.gather(k) for k in self.new_keys]))  # in the order of one process
 
     @classmethod
     def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
