@@ -71,15 +71,18 @@ class Teacher(nn.Module):
 
         Statistics of mean 0 and variance 1 do not belong to random weights. An EMAN teacher that starts with them maps all
         images to nearly one point (mean cosine of keys 0.99 on digits, against 0.8 with a batch's own), and contrast with such
-        keys collapses before the average has caught up. A pretrained backbone's statistics are better than those of one batch.
+        keys collapses before the average has caught up. A pretrained backbone's statistics are better than those of one batch, and stay as
+        they are.
         """
-        norms = [module for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        norms = [norm for norm in norms if norm.track_running_stats and _as_made(norm)]
-        usual = [norm.momentum for norm in norms]
-        for norm in norms:
+        norms = _tracking(student)
+        new = [norm for norm in norms if _as_made(norm)]
+        usual = [norm.momentum for norm in new]
+        for norm in new:
             norm.momentum = 1.0
-        student(images)
-        for norm, momentum in zip(norms, usual, strict=True):
+        if new:
+            with untouched_statistics(nn.ModuleList(norm for norm in norms if norm not in new)):
+                student(images)
+        for norm, momentum in zip(new, usual, strict=True):
             norm.momentum = momentum
         for mine, theirs in zip(self.network.buffers(), student.buffers(), strict=True):
             mine.copy_(theirs)
@@ -111,6 +114,10 @@ def in_groups(network: nn.Module, images: Tensor, groups: int) -> Tensor:
             norm.groups = 1
 
 
+def _tracking(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    return [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats]
+
+
 def _as_made(norm: nn.modules.batchnorm._BatchNorm) -> bool:
     """Whether the norm has seen no image. Weights of other projects may come with statistics and without their count."""
     assert norm.running_mean is not None
@@ -121,7 +128,7 @@ def _as_made(norm: nn.modules.batchnorm._BatchNorm) -> bool:
 @contextmanager
 def untouched_statistics(network: nn.Module) -> Iterator[None]:
     """Within, batch norm uses the batch's statistics as in training, but leaves its running ones alone."""
-    norms = [module for module in network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats]
+    norms = _tracking(network)
     for norm in norms:
         norm.track_running_stats = False
     try:

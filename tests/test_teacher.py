@@ -74,6 +74,31 @@ def test_statistics_that_came_without_their_count_are_kept_as_others_are() -> No
         assert torch.equal(mine, theirs) or name.endswith("num_batches_tracked"), name
 
 
+@pytest.mark.parametrize("norm", ["bn", "eman"])
+def test_a_pretrained_backbone_keeps_its_statistics_and_a_new_head_takes_the_first_batchs(norm: str) -> None:
+    backbone, images = student()[0], random_images(8, 5)
+    before = {name: value.clone() for name, value in backbone.named_buffers()}
+    network = nn.Sequential(backbone, mlp(backbone.num_features, 32, 8, norm=True))
+    teacher = Teacher(network, TeacherSettings(norm=norm, momentum=0.9))
+    teacher.start(network, images)
+    for started in (network, teacher.network):
+        assert all(torch.equal(value, before[name]) for name, value in started[0].named_buffers())
+    (head,) = (layer for layer in network[1] if isinstance(layer, nn.BatchNorm1d))
+    met = network[1][0](copy.deepcopy(backbone)(images)).detach()
+    torch.testing.assert_close(head.running_mean, met.mean(dim=0))
+    assert torch.equal(teacher.network[1].state_dict()["1.running_mean"], head.running_mean)
+
+
+def test_a_network_whose_norms_have_all_seen_images_is_not_asked_again() -> None:
+    network = student()
+    teacher = Teacher(network, TeacherSettings(norm="eman", momentum=0.9))
+    network.forward = lambda images: pytest.fail("a pass for nothing")  # type: ignore[method-assign, assignment]
+    before = {name: value.clone() for name, value in network.named_buffers()}
+    teacher.start(network, random_images(8, 5))
+    for name, value in teacher.network.named_buffers():
+        assert torch.equal(value, before[name]), name
+
+
 @pytest.mark.parametrize("norm", ["bn", "shuffle_bn"])
 def test_what_a_teacher_is_shown_does_not_move_its_averaged_statistics(norm: str) -> None:
     teacher = Teacher(student(), TeacherSettings(norm=norm, momentum=0.9, groups=2))
