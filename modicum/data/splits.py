@@ -14,7 +14,6 @@ from modicum.randomness import seed_of
 from modicum.settings import FinetuneSettings
 
 COLUMNS = ["id", "path", "label", "split"]
-SPLITS = {"labelled", "validation", "unlabelled", "test"}
 VALIDATION_FROM = 20  # labels a class; with fewer, a validation split costs more than it tells
 
 
@@ -132,16 +131,3 @@ def draw_refits(labels: np.ndarray, num_refits: int, seed: int, class_names: Seq
 def write_splits(splits: pd.DataFrame, path: Path) -> None:
     """The table as CSV, the same bytes for the same table, whole or not at all."""
     write_table(path, splits[COLUMNS])
-
-
-def read_splits(path: Path) -> pd.DataFrame:
-    """What `write_splits` wrote: ids and paths stay text, whatever they look like. Raises InputError naming the file."""
-    try:
-        splits = pd.read_csv(path, dtype={"id": "str", "path": "str", "label": "int64", "split": "str"}, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as a table of splits: {' '.join(str(error).split())}") from None
-    if list(splits.columns) != COLUMNS or not set(splits["split"]) <= SPLITS:
-        raise InputError(
-            f"{path} is not a table of splits: it should have the columns {', '.join(COLUMNS)} and the splits {', '.join(sorted(SPLITS))}."
-        )
-    return splits
