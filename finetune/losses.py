@@ -138,5 +138,7 @@ def ramp_up(progress: float, length: float) -> float:
 
 
 def linear_ramp(progress: float, start: float, end: float) -> float:
-    """0 up to `start`, then in a straight line to 1 at `end` (Lee 2013, equation 16)."""
-    return 1.0 if progress >= end else max(0.0, (progress - start) / (end - start))
+    """0 up to `start`, then in a straight line to 1 at `end`, or at once where they are one (Lee 2013, equation 16)."""
+    if progress >= end:
+        return 1.0
+    return (progress - start) / (end - start) if progress > start else 0.0

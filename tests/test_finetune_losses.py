@@ -107,6 +107,7 @@ def test_ramp_up_is_the_published_curve() -> None:
 def test_linear_ramp_waits_rises_and_stays() -> None:
     assert [linear_ramp(at, 0.1, 0.6) for at in (0.0, 0.1, 0.35, 0.6, 1.0)] == pytest.approx([0, 0, 0.5, 1, 1])
     assert linear_ramp(0.0, 0.0, 0.0) == 1.0
+    assert [linear_ramp(at, 0.5, 0.5) for at in (0.0, 0.4, 0.5, 0.6)] == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(("n", "c"), SIZES)

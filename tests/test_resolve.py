@@ -339,6 +339,10 @@ def test_crops_that_the_network_does_not_take_are_refused(backbone: str, sentenc
         ),
         ("finetune.batch_size=2000", "finetune.batch_size = 2000 with mu = 12, 24000 unlabelled images a step, is more than the 1347"),
         ("finetune={method: supervised, batch_size: 2000}", "finetune.batch_size = 2000 is more than the 1347 training images"),
+        (
+            "finetune.method={name: pseudo_label, ramp_start: 0.7}",
+            "ramp_start = 0.7 lies behind ramp_end = 0.6, and the weight rises from the one to the other: choose a ramp_end from 0.7 to 1",
+        ),
         ("finetune.method={name: vat, teacher: {norm: eman}}", "unknown key 'finetune.method.teacher'"),
         ("finetune.method={name: mean_teacher, teacher: none}", "finetune.method.teacher = 'none' is not possible"),
         ("finetune.method.threshold=0", "threshold = 0 is not possible"),

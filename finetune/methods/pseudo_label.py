@@ -1,15 +1,17 @@
 """Pseudo-Label (Lee 2013, ICML workshop on challenges in representation learning)."""
 
-from typing import Annotated, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
 
 from modicum.data.stream import Batch
+from modicum.errors import InputError
 from modicum.finetune.losses import linear_ramp, pseudo_label
 from modicum.finetune.semi_supervised import Guesses, SemiSupervised
-from modicum.method import Facts, Loss
+from modicum.method import Decisions, Facts, Loss
 from modicum.networks import Backbone
 
 
@@ -39,3 +41,13 @@ class PseudoLabel(SemiSupervised):
         self.guesses = Guesses(unlabelled.rows, targets, used)
         parts = {"labelled": F.cross_entropy(logits, labelled.labels), "unlabelled": pseudo_label(others, targets.argmax(dim=1), used)}
         return Loss(parts["labelled"] + self.lambda_u * linear_ramp(self.progress.fraction, *self.ramp) * parts["unlabelled"], parts)
+
+    @classmethod
+    def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
+        start, end = settings["ramp_start"], settings["ramp_end"]
+        if start > end:
+            raise InputError(
+                f"finetune.method.ramp_start = {start:g} lies behind ramp_end = {end:g}, and the weight rises from the one to the other: "
+                f"choose a ramp_end from {start:g} to 1, or an earlier start."
+            )
+        return super().decide(settings, facts)
