@@ -20,7 +20,7 @@ from modicum.data.fingerprint import input_fingerprint
 from modicum.errors import InputError, Interrupted, ProcessLost
 from modicum.explain import commented
 from modicum.record import say, warn
-from modicum.run_folder import RunFolder
+from modicum.run_folder import RunFolder, in_words
 from modicum.session import Request, make_request, prepare, run_stages, show_results
 from modicum.session import dry_run as plan
 from modicum.settings import Experiment
@@ -165,8 +165,18 @@ def _one_stage(stage: str, asked: Sequence[str], request: Request, dry: bool, fo
         for line in plan(request, [stage], force=force):
             print(line)
     elif not run_stages(request, [stage], force=force):
-        again = shlex.join(["modicum", "run", *asked, "--run", str(request.folder), "--from", stage])
-        say(f"{stage} is done in {request.folder}; `{again}` runs it again, and what follows.")
+        say(f"{stage} is done in {request.folder}{_how_again(stage, asked, request)}")
+
+
+def _how_again(stage: str, asked: Sequence[str], request: Request) -> str:
+    """The command that runs the stage again, and what it does besides; none where the whole chain is without that stage."""
+    if stage not in request.stages:
+        return "."
+    before = request.stages[: request.stages.index(stage)]
+    missing = [name for name in before if not request.folder.finished(name, request.stages)]
+    first = f"{in_words(missing)} first, not done yet, then " if missing else ""
+    command = shlex.join(["modicum", "run", *asked, "--run", str(request.folder), "--from", stage])
+    return f"; `{command}` runs {first}it again, and what follows."
 
 
 def _share(nproc: int, request: Request, stages: Sequence[str], command: Sequence[str], options: dict[str, Any], *, dry: bool) -> None:

@@ -140,6 +140,23 @@ def test_how_to_run_a_stage_again_is_told_for_this_run(house: Any, modicum: Comm
     assert house.calls == ["pretrain", "pretrain", "finetune", "evaluate", "finetune", "finetune", "evaluate"]
 
 
+def test_no_command_is_told_for_a_stage_that_the_chain_is_without(house: Any, modicum: Command, capfd: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert modicum("pretrain", "digits", "finetune.init=random") == 0
+    assert capfd.readouterr().err.rstrip().endswith("pretrain is done in runs/digits.")
+    assert house.calls == ["pretrain"]
+
+
+def test_what_runs_before_a_stage_that_is_run_again_is_told(house: Any, modicum: Command, capfd: pytest.CaptureFixture[str]) -> None:
+    for stage in ("pretrain", "evaluate", "evaluate"):
+        assert modicum(stage, "digits") == 0
+    told = capfd.readouterr().err
+    assert "--from evaluate` runs finetune first, not done yet, then it again, and what follows." in told
+    house.calls.clear()
+    assert modicum(*shlex.split(told.rpartition("`")[0].rpartition("`")[2])[1:]) == 0
+    assert house.calls == ["finetune", "evaluate"]
+
+
 def test_predict(house: Any, modicum: Command, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     calls = []
     fake = ModuleType("modicum.evaluate.predict")
