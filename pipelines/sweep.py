@@ -28,6 +28,7 @@ from modicum.session import Request, make_request, run_stages
 
 MOVED = ("seed", "finetune.label_seed")  # by the sweep itself
 FIXED = ("split_seed", "test_fraction")  # another test set is another question
+DRAWN_FROM = ("root", "labels", "path_column", "label_column")  # test images, where data.test_fraction is given
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,14 @@ def _refuse_incomparable(config: str, members: Sequence[Member]) -> None:
     for key in FIXED:
         if len({found[key] for found in settings}) > 1:
             raise InputError(f"--over data.{key} would compare figures from different test sets; set it once, as data.{key}=VALUE.")
+    if settings[0]["test_fraction"] in ("auto", 0):
+        return
+    for key in DRAWN_FROM:
+        if len({found[key] for found in settings}) > 1:
+            raise InputError(
+                f"--over data.{key} would compare figures from different test sets, since data.test_fraction draws test images from the "
+                "labelled ones: name them in the CSV or lay them in a folder test instead."
+            )
 
 
 def _choices(text: str) -> list[str]:

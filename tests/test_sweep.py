@@ -143,6 +143,9 @@ def test_a_failing_run_is_named_and_stops_the_sweep(house: Any, modicum: Command
         (["--over", "finetune.label_seed=1,2"], "finetune.label_seed is moved by the sweep"),
         (["--over", "data.split_seed=1,2"], "different test sets"),
         (["--over", "data={name: digits, split_seed: 1},{name: digits, split_seed: 2}"], "different test sets"),
+        (["data.test_fraction=0.2", "--over", "data.labels=a.csv,b.csv"], "data.labels would compare figures from different test sets"),
+        (["data.test_fraction=0.2", "--over", "data.label_column=kind,genus"], "different test sets, since data.test_fraction draws"),
+        (["data.test_fraction=0.2", "--over", "data.root=a,b"], "different test sets, since data.test_fraction draws"),
         (["--over", "finetune.init=a/b,a_b"], "would share the folder"),
         (["--over", "finetune.labels"], "KEY=A,B,C"),
         (["--over", "finetune.labels=40,"], "KEY=A,B,C"),
@@ -157,6 +160,11 @@ def test_bad_input_runs_nothing(
     assert modicum("sweep", "digits", "--seeds", "2", *arguments) == 2
     assert words in capfd.readouterr().err
     assert names(".") == []
+
+
+def test_label_files_that_name_their_test_images_may_be_compared(house: Any, modicum: Command) -> None:
+    assert modicum("sweep", "folder", "--seeds", "1", "--run", "out", "data.root=photos", "--over", "data.labels=a.csv,b.csv") == 0
+    assert {row["variant"] for row in rows_of("out")} == {"data.labels=a.csv", "data.labels=b.csv"}
 
 
 def test_mean_and_spread() -> None:
