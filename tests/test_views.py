@@ -362,6 +362,7 @@ def test_strong_views_of_digits_keep_the_digit(mirror):
         ({"name": "weak", "brightness": 0.4}, "brightness does nothing while jitter_probability is not set"),
         ({"name": "weak", "jitter_probability": 0.4}, "jitter_probability does nothing"),
         ({"name": "weak", "size": 16}, "size does nothing while crop_scale is not set"),
+        ({"name": "swav_local", "crop_scale": None}, "size = 12 is the side of a crop, and crop_scale is none: set size: null too"),
         ({"name": "strong", "operations": ["rotat"]}, "unknown operation 'rotat': did you mean 'rotate'"),
     ],
 )

@@ -96,6 +96,8 @@ def build_policy(
             raise InputError(f"{source}: {key} does nothing while {_NEEDS[key]} is not set.")
     if recipe.jitter_probability and not recipe.jitters:
         raise InputError(f"{source}: jitter_probability does nothing while brightness, contrast, saturation and hue are 0.")
+    if recipe.size and recipe.crop_scale is None:
+        raise InputError(f"{source}: size = {recipe.size} is the side of a crop, and crop_scale is none: set size: null too.")
     if recipe.size and recipe.size > image_size:
         raise InputError(f"{source}: size = {recipe.size} is larger than the images of {image_size} px; choose {image_size} or less.")
     if recipe.crop_scale is not None and recipe.shift:
