@@ -59,7 +59,7 @@ class Training:
     def run(self) -> None:
         """Trains to the last step, from the saved state where there is one.
 
-        Raises Interrupted or Preempted after saving, and InputError when the loss is no longer finite.
+        Raises Interrupted or Preempted after saving, and InputError when loss or state are no longer finite.
         """
         method = self.method.to(self.hardware.device).to(memory_format=torch.channels_last).train()
         totals = _Totals()
@@ -167,9 +167,11 @@ class Training:
         self.method.load_state_dict(before)
 
     def _save(self, step: int, totals: "_Totals") -> None:
-        """Rank 0 writes. A state that is lost does not replace the one before it; the next log step tells."""
+        """Rank 0 writes. Raises InputError for a state that is lost, which does not replace the one before it."""
         sums = totals.of_all_ranks()
-        if not is_rank_zero() or not all(parameter.isfinite().all() for parameter in self.method.parameters()):
+        if self._spoilt():
+            raise self._lost("state", step)
+        if not is_rank_zero():
             return
         state = {"step": step, "method": self.method.state_dict(), "optimizer": self.optimizer.state_dict(), "totals": sums}
         hardware = {name: getattr(self.hardware, name) for name in ("precision", "threads", "compile")}
@@ -178,13 +180,23 @@ class Training:
     def _check(self, finite_share: float, step: int) -> None:
         if finite_share == 1:
             return
-        spoilt = [name for name, value in self.method.state_dict().items() if not torch.isfinite(value).all()]
-        if finite_share == 0 or spoilt:
-            kept = f"; the state before it stands in {self.state_path}" if self.state_path.is_file() else ""
-            raise InputError(
-                f"The loss of {self.title} is no longer finite at step {step}{kept}. Lower the learning rate, or set precision=fp32."
-            )
+        if finite_share == 0 or self._spoilt():
+            raise self._lost("loss", step)
         warn(f"{1 - finite_share:.0%} of the last steps up to {step} had no finite gradient, which counted as zero.")
+
+    def _spoilt(self) -> bool:
+        """Whether an entry of rank 0's state, norms and queues too, is not finite; every rank must ask. A sync point for each."""
+        values = self.method.state_dict().values() if is_rank_zero() else ()
+        return distributed.anywhere(not all(value.isfinite().all() for value in values))
+
+    def _lost(self, what: str, step: int) -> InputError:
+        advice = "Lower the learning rate, or set precision=fp32"
+        if self.state_path.is_file():
+            advice = (
+                f"The last finite state stands in {self.state_path}, but goes on with the same settings alone. {advice}, and begin anew: "
+                "by --run in another folder, or by --force, which deletes that state"
+            )
+        return InputError(f"The {what} of {self.title} is no longer finite at step {step}. {advice}.")
 
 
 class _Totals:

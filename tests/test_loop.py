@@ -176,10 +176,36 @@ def test_a_ruined_state_does_not_replace_the_one_before(tmp_path: Path, monkeypa
         return {"x": torch.ones(16, 4)}
 
     run.batch = ruin  # type: ignore[assignment]
-    with pytest.raises(InputError, match="the state before it stands in"):
+    with pytest.raises(InputError, match="The last finite state stands in"):
         run.run()
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert state["step"] == 5
+    assert all(value.isfinite().all() for value in state["method"].values())
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_state_whose_norms_alone_are_ruined_is_not_saved_nor_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    monkeypatch.setattr(loop, "SAVE_SECONDS", 1e9 if stopped else -1)
+    if stopped:
+        with pytest.raises(Interrupted):
+            training(tmp_path, lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 10 else None).run()
+    run = training(tmp_path)
+    run.log_every = STEPS
+    healthy = run.batch
+
+    def overflowing(step: int) -> Any:
+        if step == 11 and stopped:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"x": healthy(step)["x"] * (1e30 if step == 11 else 1)}
+
+    run.batch = overflowing
+    with pytest.raises(InputError, match="The state of line is no longer finite at step 12"):
+        run.run()
+    assert all(parameter.isfinite().all() for parameter in run.method.parameters())
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["step"] == 11
     assert all(value.isfinite().all() for value in state["method"].values())
 
 
@@ -193,6 +219,7 @@ def test_a_run_that_diverged_stops_with_advice(tmp_path: Path, saved: bool) -> N
     with pytest.raises(InputError, match="Lower the learning rate") as caught:
         run.run()
     assert ("state.pt" in str(caught.value)) == saved  # where there is none, none is promised
+    assert ("--force, which deletes that state" in str(caught.value)) == saved
 
 
 def other_method(path: Path) -> None:
