@@ -124,6 +124,10 @@ FOLDERS: dict[str, tuple[str, Callable[[Path], object]]] = {
 CLASSES: dict[str, tuple[str, Callable[[Path], object]]] = {
     "no names": ("there is no 'label_names'", configured(lambda config: config.pop("label_names"))),
     "a name too few": ("2 label_names for num_classes = 3", configured(lambda config: config["label_names"].pop())),
+    "two classifiers": (
+        "it has two classifiers",
+        configured(lambda config: config["modicum"]["architecture"].update(name="deit_tiny_distilled_patch16_224", arguments={}, stem={})),
+    ),
 }
 
 

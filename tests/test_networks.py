@@ -80,6 +80,16 @@ def test_an_unknown_architecture_and_an_unknown_stem_are_refused() -> None:
         create_backbone(BackboneSettings(name="vgg11", stem="small"), 3, 32, seed=0)
 
 
+@pytest.mark.parametrize("name", ["deit_tiny_distilled_patch16_224", "levit_128s"])
+def test_an_architecture_of_two_classifiers_is_refused_before_it_is_trained(name: str) -> None:
+    with pytest.raises(InputError, match=rf"^backbone\.name = '{name}' is not possible: it has two classifiers"):
+        choose_architecture(BackboneSettings(name=name), 3, 224)
+
+
+def test_an_architecture_that_names_its_classifier_only_where_it_has_one_is_known() -> None:
+    assert choose_architecture(BackboneSettings(name="efficientvit_m0"), 3, 224).name == "efficientvit_m0"
+
+
 STRANGER = """
 import sys
 sys.modules["modicum"] = None  # an import of it raises

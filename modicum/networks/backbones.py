@@ -107,8 +107,12 @@ def num_features(network: Any) -> int:
 
 
 def classifier_path(network: Any) -> str:
-    """Where timm's network keeps its classifier, for example `fc`."""
-    return next(name for name, module in network.named_modules() if module is network.get_classifier())
+    """Where timm's network keeps its classifier, for example `fc`. Raises ValueError where it has not one, as if made for distillation."""
+    classifier = getattr(network, "get_classifier", lambda: None)()
+    path = next((name for name, module in network.named_modules() if module is classifier), None)
+    if path is None:
+        raise ValueError(f"it has {'two classifiers' if isinstance(classifier, tuple) else 'no classifier'}")
+    return path
 
 
 def kept_layer(num_inputs: int, width: int) -> nn.Sequential:
@@ -144,7 +148,11 @@ def choose_architecture(settings: BackboneSettings, channels: int, image_size: i
             if settings.stem == "small" and not fits:
                 raise InputError(f"backbone.stem = small is not known for {name}; use backbone.stem=standard, or a vision transformer.")
             arguments = patches if fits else {"img_size": image_size}
-        network = timm.create_model(name, in_chans=channels, num_classes=0, **arguments)
+        network = timm.create_model(name, in_chans=channels, num_classes=2, **arguments)
+    try:
+        classifier_path(network)
+    except ValueError as error:
+        raise InputError(f"backbone.name = {settings.name!r} is not possible: {error}. Choose another one.") from None
     stem: Stem = {}
     if small and "img_size" not in arguments:
         stem = require_small_stem(network, settings.name) if settings.stem == "small" else small_stem(network, settings.name) or {}
