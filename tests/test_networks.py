@@ -66,6 +66,13 @@ def test_a_network_that_takes_no_smaller_patches_keeps_its_own() -> None:
         choose_architecture(BackboneSettings(name="mixer_s16_224", stem="small"), 3, 32)
 
 
+def test_a_transformer_takes_views_smaller_than_its_images() -> None:
+    backbone = create_backbone(BackboneSettings(name="vit_tiny_patch16_224"), 1, 16, seed=0)
+    assert backbone(images(2, 1, 8)).shape == (2, backbone.num_features)
+    assert backbone.drop_paths(0.1)
+    assert backbone(images(2, 1, 8)).shape == (2, backbone.num_features)
+
+
 def test_the_seed_alone_draws_the_weights() -> None:
     torch.manual_seed(5)
     weights = [create_backbone(BackboneSettings(), 1, 16, seed).network.conv1.weight for seed in (0, 0, 1)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import Format
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -53,6 +54,7 @@ class Architecture:
         # Named here, so that the arguments in a foreign config.json cannot fetch weights, or read them from elsewhere.
         random: dict[str, Any] = {"pretrained": False, "checkpoint_path": None}
         network = timm.create_model(self.name, in_chans=self.channels, num_classes=num_classes, **random, **self.arguments)
+        take_all_sizes(network)
         apply_stem(network, self.stem)
         if self.projector:
             parent, _, name = classifier_path(network).rpartition(".")
@@ -104,6 +106,15 @@ class Backbone(nn.Module):
 def num_features(network: Any) -> int:
     """What timm's network gives to its classifier."""
     return getattr(network, "head_hidden_size", network.num_features)
+
+
+def take_all_sizes(network: nn.Module) -> None:
+    """Lets a vision transformer take smaller views than its images: it interpolates its position embedding to their patches."""
+    if isinstance(network, VisionTransformer):
+        network.dynamic_img_size = True  # type: ignore[misc]  # final for TorchScript alone
+        network.patch_embed.strict_img_size = False
+        network.patch_embed.flatten = False
+        network.patch_embed.output_fmt = Format.NHWC
 
 
 def classifier_path(network: Any) -> str:

@@ -14,7 +14,7 @@ from modicum.method import Decisions, Facts, Loss, Method, Progress, Recipe, dec
 from modicum.networks import Backbone
 from modicum.networks.stems import SMALL_IMAGE
 from modicum.optim import Pace, rising_to_one
-from modicum.pretrain.crops import by_size, take_all_sizes
+from modicum.pretrain.crops import by_size
 from modicum.pretrain.losses import across_views
 from modicum.pretrain.prototypes import Prototypes
 from modicum.settings import AUTO, TeacherSettings
@@ -67,7 +67,6 @@ class DINO(Method):
         teacher: Annotated[TeacherSettings, "its momentum rises to 1 over the run"] = TeacherSettings(norm="bn"),
     ) -> None:
         super().__init__()
-        take_all_sizes(backbone)
         widths = [backbone.num_features, hidden_size, hidden_size, embedding_size]
         self.student = nn.Sequential(backbone, head(widths, norm=head_norm), Prototypes(embedding_size, num_prototypes))
         self.paces = {"student.2": Pace(starts=facts.share_of_run(frozen_epochs))}

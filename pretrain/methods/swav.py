@@ -16,7 +16,7 @@ from modicum.method import Decisions, Facts, Loss, Method, Progress, Recipe
 from modicum.networks import Backbone, mlp
 from modicum.networks.stems import SMALL_IMAGE
 from modicum.optim import Pace
-from modicum.pretrain.crops import by_size, take_all_sizes
+from modicum.pretrain.crops import by_size
 from modicum.pretrain.losses import across_views, sinkhorn
 from modicum.pretrain.prototypes import Prototypes
 from modicum.pretrain.queue import Queue
@@ -51,7 +51,6 @@ class SwAV(Method):
         queue_epochs: Annotated[float, Ge(0), "first epochs without the queue"] = AUTO,
     ) -> None:
         super().__init__()
-        take_all_sizes(backbone)
         self.student = nn.Sequential(backbone, mlp(backbone.num_features, hidden_size, embedding_size, norm=True))
         self.prototypes = Prototypes(embedding_size, num_prototypes)
         self.paces = {"prototypes": Pace(starts=facts.share_of_run(frozen_epochs))}
