@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, create_model
 from torch import Tensor, nn
 
 from modicum import distributed
-from modicum.config import did_you_mean
+from modicum.config import did_you_mean, validate
 from modicum.errors import InputError
 from modicum.networks.norms import SyncBatchNorm, replace_norms
 from modicum.networks.stems import SMALL_IMAGE
@@ -204,6 +204,14 @@ def settings_model(method: type[Method]) -> type[BaseModel]:
         fields[parameter.name] = annotation, Field(method.defaults.get(parameter.name, parameter.default), description=meaning)
     assert set(method.defaults) <= set(fields)
     return create_model(method.__name__, __base__=Settings, **fields)
+
+
+def spelled_out(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's block of a method with every setting in it. Raises InputError for one that is unknown or out of bounds."""
+    name = settings.get("name")
+    given = {key: value for key, value in settings.items() if key != "name"}
+    model = settings_model(find_method(stage, name))
+    return {"name": name, **validate(model, given, f"{stage}.method {name}", f"{stage}.method.").model_dump()}
 
 
 def _split(annotation: Any) -> tuple[Any, str]:

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 
 from modicum import distributed
-from modicum.config import validate
 from modicum.data.images import UNKNOWN, Images
 from modicum.data.splits import num_labels
 from modicum.errors import InputError
 from modicum.exchange import initial_backbone, refuse_unfit_teacher
-from modicum.method import Decisions, Facts, Method, decide_momentum, find_method, settings_model
+from modicum.method import Decisions, Facts, Method, decide_momentum, find_method, spelled_out
 from modicum.networks.backbones import Architecture, choose_architecture, view_step
 from modicum.optim import decide_optimizer
 from modicum.record import warn
@@ -59,9 +58,7 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
         section = settings[stage]
         name = section["method"].get("name")
         method = find_method(stage, name)
-        given = {key: value for key, value in section["method"].items() if key != "name"}
-        model = validate(settings_model(method), given, source=f"{stage}.method {name}", prefix=f"{stage}.method.")
-        section["method"] = {"name": name, **model.model_dump()}
+        section["method"] = spelled_out(stage, section["method"])
         refuse_norm(stage, method, section["method"])
         num_images = len(images.rows("train"))
         if stage == "pretrain":
@@ -83,6 +80,7 @@ def resolve(experiment: Experiment, images: Images) -> tuple[Experiment, list[Re
             raise InputError(f"{stage}.batch_size = {batch} leaves each of {ranks} ranks one image, which has no variance: choose more.")
         facts = replace(stage_facts(stage, section, images), transformer=architecture.fixed_size)
         decide(f"{stage}.method.", method.decide(section["method"], facts))
+        section["method"] = spelled_out(stage, section["method"])  # what was decided keeps the bounds too
         warn_of_leak(stage, section)
         recipe, whose = (facts.transformer and method.transformer_recipe) or method.recipe, f"{name}'s own"
         data = DataSettings(**settings["data"])

@@ -13,6 +13,7 @@ from modicum.data.sources import load_images
 from modicum.errors import InputError
 from modicum.evaluate.results import reproduction
 from modicum.explain import commented
+from modicum.method import find_method
 from modicum.resolve import Reason, resolve, view_arguments
 from modicum.session import make_request
 from modicum.settings import AUTO, Experiment
@@ -207,6 +208,13 @@ def test_swavs_queue_is_used_in_short_runs_too(digits: Images, epochs: int, star
     assert resolve(experiment, digits) == (experiment, [])
 
 
+def test_what_a_method_decides_keeps_the_bounds_of_its_settings(digits: Images, monkeypatch: pytest.MonkeyPatch) -> None:
+    mistake = {"temperature": (-1.0, "a mistake")}
+    monkeypatch.setattr(find_method("pretrain", "simclr"), "decide", lambda settings, facts: mistake)
+    with pytest.raises(InputError, match=r"^pretrain\.method simclr: pretrain\.method\.temperature = -1\.0 is not possible"):
+        resolved(digits, "pretrain={method: simclr}")
+
+
 def test_what_keeps_small_images_from_staying_together_is_on_for_small_images_alone(digits: Images) -> None:
     pixels = digits.pixels[:400].repeat_interleave(12, dim=2).repeat_interleave(12, dim=3)
     large_images = Images("large", pixels, digits.manifest[:400], digits.class_names, digits.mirror)
@@ -305,6 +313,7 @@ def test_crops_that_the_network_does_not_take_are_refused(backbone: str, sentenc
         ("pretrain={method: {name: swav, queue_size: 5000}}", "queue_size = 5000 is larger than the data set of 1347 images"),
         ("pretrain={method: w_mse, views: [w_mse]}", "Unknown view policy 'w_mse'"),
         ("pretrain={method: {name: w_mse, sub_batch: 512}}", "sub_batch = 512 is larger than batch_size = 128"),
+        ("pretrain={method: w_mse, batch_size: 3}", "pretrain.batch_size = 3 is too few images for w_mse to whiten; choose 4 or more."),
         ("pretrain={method: {name: w_mse, sub_batch: 64, embedding_size: 64}}", "covariance is singular"),
         ("finetune.method.teacher={norm: shuffle_bn}", "norm = shuffle_bn has no use in fixmatch, which contrasts no query"),
         (

@@ -54,6 +54,8 @@ class WMSE(Method):
         decisions: Decisions = {}
         sub_batch, dimensions = settings["sub_batch"], settings["embedding_size"]
         if sub_batch == AUTO:
+            if facts.batch_size < 4:
+                raise InputError(f"pretrain.batch_size = {facts.batch_size} is too few images for w_mse to whiten; choose 4 or more.")
             sub_batch = min(128, facts.batch_size)
             decisions["sub_batch"] = sub_batch, "the paper's 128, or the batch where it is smaller"
         if sub_batch > facts.batch_size:
