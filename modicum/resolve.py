@@ -12,7 +12,7 @@ from modicum.data.splits import num_labels
 from modicum.errors import InputError
 from modicum.exchange import initial_backbone, refuse_unfit_teacher
 from modicum.method import Decisions, Facts, Method, decide_momentum, find_method, spelled_out
-from modicum.networks.backbones import Architecture, choose_architecture, view_step
+from modicum.networks.backbones import Architecture, choose_architecture, takes, view_step
 from modicum.optim import decide_optimizer
 from modicum.record import warn
 from modicum.refusals import refuse_idle_rates, refuse_long_warmup, refuse_norm, refuse_projector, warn_of_leak
@@ -165,6 +165,8 @@ def _fit_views(
                 f"{stage}.views: {name} cuts images into patches of {step} px, which do not tile a view of {size} px; "
                 f"choose data.image_size and the size of small crops as multiples of {step}."
             )
+        if not takes(architecture, size):
+            raise InputError(f"{stage}.views: {name} makes no features of views of {size} px; choose larger ones, or another backbone.")
 
 
 def view_arguments(data: DataSettings) -> dict[str, Any]:

@@ -73,6 +73,13 @@ def test_a_transformer_takes_views_smaller_than_its_images() -> None:
     assert backbone(images(2, 1, 8)).shape == (2, backbone.num_features)
 
 
+@pytest.mark.parametrize(("name", "size"), [("vgg11", 12), ("dla34", 12), ("nest_tiny", 12), ("gcvit_xtiny", 12)])
+def test_a_network_that_leaves_nothing_of_small_images_is_refused(name: str, size: int) -> None:
+    with pytest.raises(InputError, match=rf"^backbone\.name = '{name}' .* of {size} px: choose a larger data\.image_size, or another"):
+        choose_architecture(BackboneSettings(name=name), 3, size)
+    assert choose_architecture(BackboneSettings(name=name), 3, 64)
+
+
 def test_the_seed_alone_draws_the_weights() -> None:
     torch.manual_seed(5)
     weights = [create_backbone(BackboneSettings(), 1, 16, seed).network.conv1.weight for seed in (0, 0, 1)]

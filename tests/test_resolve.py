@@ -289,6 +289,12 @@ def test_crops_that_the_network_does_not_take_are_refused(backbone: str, sentenc
         resolved(load_images(load_experiment("digits", ["data.image_size=16"]).data), crops, f"backbone={backbone}", "data.image_size=16")
 
 
+def test_crops_of_which_a_deep_network_leaves_nothing_are_refused() -> None:
+    images = load_images(load_experiment("digits", ["data.image_size=32"]).data)
+    with pytest.raises(InputError, match=r"pretrain\.views: vgg11 makes no features of views of 12 px; choose larger ones"):
+        resolved(images, "pretrain={method: swav}", "backbone.name=vgg11", "data.image_size=32")
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [

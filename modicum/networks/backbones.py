@@ -3,6 +3,7 @@
 import difflib
 import inspect
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import timm
@@ -31,6 +32,8 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
         {"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 128], "stem_type": "deep", "stem_width": 8, "avg_down": True},
     ),
 }
+# What timm's networks raise, by turns, over images that are too small for them.
+TOO_SMALL = (ArithmeticError, AssertionError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ def keep_projector(backbone: Backbone, layer: nn.Sequential) -> Backbone:
     return kept
 
 
+@cache
 def choose_architecture(settings: BackboneSettings, channels: int, image_size: int) -> Architecture:
     name, arguments = OURS.get(settings.name, (settings.name, {}))
     if not timm.is_model(name):
@@ -159,15 +163,26 @@ def choose_architecture(settings: BackboneSettings, channels: int, image_size: i
             if settings.stem == "small" and not fits:
                 raise InputError(f"backbone.stem = small is not known for {name}; use backbone.stem=standard, or a vision transformer.")
             arguments = patches if fits else {"img_size": image_size}
-        network = timm.create_model(name, in_chans=channels, num_classes=2, **arguments)
-    try:
-        classifier_path(network)
-    except ValueError as error:
-        raise InputError(f"backbone.name = {settings.name!r} is not possible: {error}. Choose another one.") from None
+        try:
+            network = timm.create_model(name, in_chans=channels, num_classes=2, **arguments)
+            classifier_path(network)
+        except TOO_SMALL:
+            raise _too_small(settings.name, image_size) from None
+        except ValueError as error:
+            raise InputError(f"backbone.name = {settings.name!r} is not possible: {error}. Choose another one.") from None
     stem: Stem = {}
     if small and "img_size" not in arguments:
         stem = require_small_stem(network, settings.name) if settings.stem == "small" else small_stem(network, settings.name) or {}
-    return Architecture(name, channels, image_size, arguments, stem)
+    architecture = Architecture(name, channels, image_size, arguments, stem)
+    if not takes(architecture, image_size):
+        raise _too_small(settings.name, image_size)
+    return architecture
+
+
+def _too_small(name: str, image_size: int) -> InputError:
+    return InputError(
+        f"backbone.name = {name!r} makes no features of images of {image_size} px: choose a larger data.image_size, or another backbone."
+    )
 
 
 def _builds(name: str, arguments: dict[str, Any]) -> bool:
@@ -177,6 +192,17 @@ def _builds(name: str, arguments: dict[str, Any]) -> bool:
     except (TypeError, AssertionError, ZeroDivisionError):
         return False
     return True
+
+
+def takes(architecture: Architecture, size: int) -> bool:
+    """Whether the network makes features of images of this side: a deep one leaves nothing of small images. Tried without numbers."""
+    with torch.device("meta"), torch.no_grad():
+        network = architecture.build().eval()
+        try:
+            features = network(torch.empty(2, architecture.channels, size, size))
+        except TOO_SMALL:
+            return False
+    return features.shape == (2, num_features(network))
 
 
 def view_step(architecture: Architecture) -> int | None:
