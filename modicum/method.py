@@ -208,7 +208,7 @@ def settings_model(method: type[Method]) -> type[BaseModel]:
 
 def spelled_out(stage: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """A config's block of a method with every setting in it. Raises InputError for one that is unknown or out of bounds."""
-    name = settings.get("name")
+    name = settings["name"]
     given = {key: value for key, value in settings.items() if key != "name"}
     model = settings_model(find_method(stage, name))
     return {"name": name, **validate(model, given, f"{stage}.method {name}", f"{stage}.method.").model_dump()}
