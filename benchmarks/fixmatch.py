@@ -93,7 +93,7 @@ def run(quick: bool) -> Iterator[Row]:
         with peer as step, tempfile.TemporaryDirectory() as folder:
             training = begin(experiment, images, hardware, Path(folder))
             others = {PEER: repeated(step, theirs)}
-            seconds = train_in_turn(training, steps, others, 1 if quick else 3, device_clock(hardware.device))
+            seconds = train_in_turn(training, steps, others, 1 if quick else 5, device_clock(hardware.device))
         each = {name: [value / (steps if name == "ours" else theirs) for value in values] for name, values in seconds.items()}
         bars = {PEER: bar} if hardware.device.type == "cpu" else {}
         yield from compared("fixmatch", f"WRN-28-2, {title}", each, unit="s a step", bars=bars)
