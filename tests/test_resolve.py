@@ -335,11 +335,11 @@ def test_crops_of_which_a_deep_network_leaves_nothing_are_refused() -> None:
         ("pretrain.method={name: swav, queue_epochs: 3}", "queue_epochs = 3 would do nothing without a queue"),
         (
             "pretrain={method: {name: swav, queue_size: 512, queue_epochs: 15}, epochs: 10}",
-            "queue_epochs = 15 leaves the queue out of the whole run of 10.1 epochs",
+            "queue_size = 512 would do nothing: full, and after its queue_epochs, it would serve from step 158 on, and the run has 106",
         ),
         (
             "pretrain={method: {name: swav, queue_size: 1000}, epochs: 0.5}",
-            "queue_size = 1000 would do nothing, since it takes 8 steps to fill and the run has 6",
+            "queue_size = 1000 would do nothing: full, and after its queue_epochs, it would serve from step 8 on, and the run has 6",
         ),
         ("pretrain.method={name: moco_v3, frozen_patches: true}", "the backbone is no transformer"),
         (

@@ -23,7 +23,6 @@ from modicum.pretrain.queue import Queue
 from modicum.settings import AUTO
 
 PAPER_PROTOTYPES = 3000
-PAPER_QUEUE_EPOCHS = 15.0
 
 
 class SwAV(Method):
@@ -82,24 +81,12 @@ class SwAV(Method):
 
     @classmethod
     def decide(cls, settings: Mapping[str, Any], facts: Facts) -> Decisions:
-        if settings["queue_size"] > facts.num_images:
-            raise InputError(
-                f"pretrain.method.queue_size = {settings['queue_size']} is larger than the data set of {facts.num_images} images, so it "
-                f"would hold images twice; use at most {facts.num_images // 2}, or 0."
-            )
-        if settings["queue_epochs"] != AUTO and not settings["queue_size"]:
-            raise InputError(
-                f"pretrain.method.queue_epochs = {settings['queue_epochs']:g} would do nothing without a queue: "
-                "leave it out, or give queue_size."
-            )
-        decisions: Decisions = {}
+        decisions = _decide_queue(settings["queue_size"], settings["queue_epochs"], facts)
         if settings["epsilon"] == AUTO:
             # embeddings of small images begin close together: 0.05 assigns all of them evenly, which teaches nothing
             small = facts.image_size <= SMALL_IMAGE
             why = f"for images of up to {SMALL_IMAGE} px, whose embeddings begin close together" if small else "the paper's"
             decisions["epsilon"] = 0.02 if small else 0.05, why
-        if settings["queue_size"]:
-            decisions |= _decide_queue(settings, facts)
         if settings["num_prototypes"] == AUTO:
             together = facts.batch_size + settings["queue_size"]
             why = f"the paper's {PAPER_PROTOTYPES}, or one for each of the {together} images assigned together"
@@ -112,20 +99,23 @@ def _queue_starts(size: int, epochs: float, facts: Facts) -> int:
     return max(math.ceil(size / facts.batch_size), round(epochs * facts.num_images / facts.batch_size))
 
 
-def _decide_queue(settings: Mapping[str, Any], facts: Facts) -> Decisions:
-    """The first epochs without the queue, where they are left `auto`. Raises InputError for a queue that would never be used."""
-    size, epochs, run = settings["queue_size"], settings["queue_epochs"], facts.steps * facts.batch_size / facts.num_images
-    if _queue_starts(size, 0, facts) >= facts.steps:
+def _decide_queue(size: int, epochs: Any, facts: Facts) -> Decisions:
+    """The first epochs without the queue, where they are left `auto`. Raises InputError for a queue, or epochs, that would do nothing."""
+    if not size:
+        if epochs != AUTO:
+            raise InputError(f"pretrain.method.queue_epochs = {epochs:g} would do nothing without a queue: give queue_size, or omit it.")
+        return {}
+    if size > facts.num_images:
         raise InputError(
-            f"pretrain.method.queue_size = {size} would do nothing, since it takes {math.ceil(size / facts.batch_size)} steps to fill and "
-            f"the run has {facts.steps}: choose a smaller one, or more epochs."
+            f"pretrain.method.queue_size = {size} is larger than the data set of {facts.num_images} images, so it "
+            f"would hold images twice; use at most {facts.num_images // 2}, or 0."
         )
-    if epochs == AUTO:
-        return {
-            "queue_epochs": min((PAPER_QUEUE_EPOCHS, "the paper's"), (round(run / 4, 2), "a quarter of the run, less than the paper's 15"))
-        }
-    if _queue_starts(size, epochs, facts) >= facts.steps:
+    quarter = round(facts.steps * facts.batch_size / facts.num_images / 4, 2)
+    ours = min((15.0, "the paper's"), (quarter, "a quarter of the run, less than the paper's 15"))
+    starts = _queue_starts(size, ours[0] if epochs == AUTO else epochs, facts)
+    if starts >= facts.steps:
         raise InputError(
-            f"pretrain.method.queue_epochs = {epochs:g} leaves the queue out of the whole run of {run:.3g} epochs: choose fewer, or auto."
+            f"pretrain.method.queue_size = {size} would do nothing: full, and after its queue_epochs, it would serve from step "
+            f"{starts} on, and the run has {facts.steps}. Choose a smaller queue, fewer queue_epochs, or more epochs."
         )
-    return {}
+    return {"queue_epochs": ours} if epochs == AUTO else {}
