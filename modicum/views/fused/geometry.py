@@ -12,7 +12,7 @@ from modicum.compiled import Array, compiled
 
 # A plain number would make float64 of a loop in float32; a signed place is counted from the end where negative, which numba looks up.
 ZERO, HALF, ONE, TO_ONE = map(np.float32, (0, 0.5, 1, 1 / 255))
-HERE, NEXT, PAIR = map(np.uint64, (0, 1, 2))
+HERE, NEXT, PAIR, THIRD, FOUR = map(np.uint64, range(5))
 
 
 @compiled
@@ -20,7 +20,7 @@ def _taps(length: int, size: int, mirrored: bool, start: Array, weight: Array) -
     """Which of `length` pixels make each of `size` places, written to uint64 `start` (size,), and by which `weight` (K, size), 1 in sum.
 
     Triangles as wide as a pixel, or as a place where it shrinks (antialiasing, as `resize(antialias=True)`). Returns how many pixels a
-    place may need, an even number.
+    place may need, an even number: 2 unless it shrinks.
     """
     scale = length / size
     support = max(scale, 1.0)
@@ -50,19 +50,31 @@ def _crop(image: Array, box: Array, mirrored: bool, out: Array, start: Array, we
             pixels = image[c, top + row, left:]
             for i in range(width):
                 line[i] = pixels[i]
-            for i in range(size):
-                at = start[1, i]
-                wide[row, i] = weight[1, 0, i] * line[at] + weight[1, 1, i] * line[at + NEXT]
-            for k in range(PAIR, across, PAIR):
+            if across == PAIR:
+                for i in range(size):
+                    at = start[1, i]
+                    wide[row, i] = weight[1, 0, i] * line[at] + weight[1, 1, i] * line[at + NEXT]
+            else:
+                for i in range(size):
+                    at = start[1, i]
+                    first = weight[1, 0, i] * line[at] + weight[1, 1, i] * line[at + NEXT]
+                    wide[row, i] = first + weight[1, 2, i] * line[at + PAIR] + weight[1, 3, i] * line[at + THIRD]
+            for k in range(FOUR, across, PAIR):
                 for i in range(size):
                     at = start[1, i] + k
                     wide[row, i] += weight[1, k, i] * line[at] + weight[1, k + NEXT, i] * line[at + NEXT]
         for row in range(size):
             at = start[0, row]
             one, other = weight[0, 0, row] * TO_ONE, weight[0, 1, row] * TO_ONE
-            for i in range(size):
-                out[c, row, i] = one * wide[at, i] + other * wide[at + NEXT, i]
-            for k in range(PAIR, down, PAIR):
+            if down == PAIR:
+                for i in range(size):
+                    out[c, row, i] = one * wide[at, i] + other * wide[at + NEXT, i]
+            else:
+                third, fourth = weight[0, 2, row] * TO_ONE, weight[0, 3, row] * TO_ONE
+                for i in range(size):
+                    first = one * wide[at, i] + other * wide[at + NEXT, i]
+                    out[c, row, i] = first + third * wide[at + PAIR, i] + fourth * wide[at + THIRD, i]
+            for k in range(FOUR, down, PAIR):
                 _add(out[c, row], wide[at + k], weight[0, k, row] * TO_ONE, wide[at + k + NEXT], weight[0, k + NEXT, row] * TO_ONE)
 
 
