@@ -126,8 +126,9 @@ def test_train_and_test_folders_are_the_splits(root):
         ("train/unlabelled/6.png", -1, "train"),
         ("unlabelled/4.png", -1, "train"),
     ]
-    with pytest.raises(InputError, match=r"data\.test_fraction cannot be set: .* has 1 test images of its own"):
-        load(root, test_fraction=0.5)
+    for name, value in (("test_fraction", 0.5), ("split_seed", 1)):
+        with pytest.raises(InputError, match=rf"data\.{name} cannot be set: .* has 1 test images of its own"):
+            load(root, **{name: value})
 
 
 def test_train_beside_other_folders_is_a_class(root):

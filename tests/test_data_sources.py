@@ -274,7 +274,8 @@ def test_eurosat_is_split_by_class(tmp_path, monkeypatch):
         ({"name": "digits", "root": "photos"}, "data.root = photos would do nothing: digits comes with scikit-learn. Set data.name=folder"),
         ({"name": "digits", "label_column": "species"}, "data.label_column = 'species' would do nothing without data.labels"),
         ({"name": "fashion_mnist", "split_column": "fold"}, "data.split_column = 'fold' would do nothing without data.labels"),
-        ({"name": "fashion_mnist", "test_fraction": 0.5}, "fashion_mnist has a test split of its own"),
+        ({"name": "fashion_mnist", "test_fraction": 0.5}, "data.test_fraction cannot be set: fashion_mnist has a test split of its own"),
+        ({"name": "fashion_mnist", "split_seed": 3}, "data.split_seed cannot be set: fashion_mnist has a test split of its own"),
     ],
 )
 def test_settings_that_a_set_would_ignore_are_refused(settings, sentence):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modicum.config import did_you_mean
-from modicum.data.listing import refuse_idle_columns
+from modicum.data.listing import refuse_another_split, refuse_idle_columns
 from modicum.errors import InputError
 from modicum.files import expanded
 from modicum.settings import DataSettings
@@ -69,8 +69,8 @@ def built_in(settings: DataSettings) -> BuiltIn:
         )
     if settings.cache != "auto" and name != "eurosat":  # which is a folder of images
         raise InputError(f"data.cache is for folders of images; {name} is kept in memory: remove the setting.")
-    if settings.test_fraction != "auto" and BUILT_IN[name].test_fraction is None:
-        raise InputError(f"data.test_fraction cannot be set: {name} has a test split of its own; remove the setting.")
+    if BUILT_IN[name].test_fraction is None:
+        refuse_another_split(settings, f"{name} has a test split of its own")
     return BUILT_IN[name]
 
 

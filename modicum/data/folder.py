@@ -9,7 +9,7 @@ from modicum.data.catalogue import cache_root
 from modicum.data.fingerprint import digest
 from modicum.data.images import UNKNOWN, Images
 from modicum.data.labelling import read_labelling
-from modicum.data.listing import SHOWN, Tree, walk
+from modicum.data.listing import SHOWN, Tree, refuse_another_split, walk
 from modicum.data.pixel_cache import open_pixels
 from modicum.data.stratify import hold_out
 from modicum.errors import InputError
@@ -26,10 +26,8 @@ def load_folder(settings: DataSettings, cache: Path | None = None) -> Images:
     if tree.links:
         warn(f"{len(tree.links):,} links below {tree.root} to folders or out of it were left out, for example {tree.links[0]}")
     labelling = read_labelling(tree, settings)
-    if labelling.test and settings.test_fraction not in ("auto", 0):
-        raise InputError(
-            f"data.test_fraction cannot be set: {tree.root} has {len(labelling.test):,} test images of its own; remove the setting."
-        )
+    if labelling.test:
+        refuse_another_split(settings, f"{tree.root} has {len(labelling.test):,} test images of its own")
     if len(labelling.test) == len(tree.files):
         raise InputError(f"Every image of {tree.root} is a test image: there is none to train on.")
     paths = [file.path for file in tree.files]

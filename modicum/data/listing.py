@@ -122,6 +122,13 @@ def label_file(settings: DataSettings) -> Path | None:
     return path
 
 
+def refuse_another_split(settings: DataSettings, why: str) -> None:
+    """Raises InputError for settings of how test images are drawn, where the set brings its own."""
+    for key in ("test_fraction", "split_seed"):
+        if getattr(settings, key) != DataSettings.model_fields[key].default:
+            raise InputError(f"data.{key} cannot be set: {why}; remove the setting.")
+
+
 def refuse_idle_columns(settings: DataSettings) -> None:
     """Raises InputError for the header of a column, where there is no CSV."""
     for key in ("path_column", "label_column", "split_column"):

@@ -167,7 +167,7 @@ def choose_architecture(settings: BackboneSettings, channels: int, image_size: i
             network = timm.create_model(name, in_chans=channels, num_classes=2, **arguments)
             classifier_path(network)
         except TOO_SMALL:
-            raise _too_small(settings.name, image_size) from None
+            raise _makes_no_features(settings.name, image_size) from None
         except ValueError as error:
             raise InputError(f"backbone.name = {settings.name!r} is not possible: {error}. Choose another one.") from None
     stem: Stem = {}
@@ -175,13 +175,14 @@ def choose_architecture(settings: BackboneSettings, channels: int, image_size: i
         stem = require_small_stem(network, settings.name) if settings.stem == "small" else small_stem(network, settings.name) or {}
     architecture = Architecture(name, channels, image_size, arguments, stem)
     if not takes(architecture, image_size):
-        raise _too_small(settings.name, image_size)
+        raise _makes_no_features(settings.name, image_size)
     return architecture
 
 
-def _too_small(name: str, image_size: int) -> InputError:
+def _makes_no_features(name: str, image_size: int) -> InputError:
     return InputError(
-        f"backbone.name = {name!r} makes no features of images of {image_size} px: choose a larger data.image_size, or another backbone."
+        f"backbone.name = {name!r} makes no features of images of {image_size} px: choose a larger data.image_size, or one that its "
+        "patches divide, or another backbone."
     )
 
 
