@@ -12,7 +12,7 @@ from modicum.compiled import Array, compiled
 
 # A plain number would make float64 of a loop in float32; a signed place is counted from the end where negative, which numba looks up.
 ZERO, HALF, ONE, TO_ONE = map(np.float32, (0, 0.5, 1, 1 / 255))
-HERE, NEXT, PAIR, THIRD, FOUR = map(np.uint64, range(5))
+HERE, NEXT, PAIR, THREE, FOUR = map(np.uint64, range(5))
 
 
 @compiled
@@ -59,7 +59,7 @@ def _crop(image: Array, box: Array, mirrored: bool, out: Array, start: Array, we
                 for i in range(size):
                     at = start[1, i]
                     first = weight[1, 0, i] * line[at] + weight[1, 1, i] * line[at + NEXT]
-                    wide[row, i] = first + weight[1, 2, i] * line[at + PAIR] + weight[1, 3, i] * line[at + THIRD]
+                    wide[row, i] = first + weight[1, 2, i] * line[at + PAIR] + weight[1, 3, i] * line[at + THREE]
             for k in range(FOUR, across, PAIR):
                 for i in range(size):
                     at = start[1, i] + k
@@ -74,7 +74,7 @@ def _crop(image: Array, box: Array, mirrored: bool, out: Array, start: Array, we
                 third, fourth = weight[0, 2, row] * TO_ONE, weight[0, 3, row] * TO_ONE
                 for i in range(size):
                     first = one * wide[at, i] + other * wide[at + NEXT, i]
-                    out[c, row, i] = first + third * wide[at + PAIR, i] + fourth * wide[at + THIRD, i]
+                    out[c, row, i] = first + third * wide[at + PAIR, i] + fourth * wide[at + THREE, i]
             for k in range(FOUR, down, PAIR):
                 _add(out[c, row], wide[at + k], weight[0, k, row] * TO_ONE, wide[at + k + NEXT], weight[0, k + NEXT, row] * TO_ONE)
 
